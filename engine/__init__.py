@@ -1,0 +1,1 @@
+"""Bytes in → signal out: book, features, triggers, backends, publisher, client."""

@@ -1,0 +1,279 @@
+"""The one pipeline that daemon, replay and training run.
+
+    record → check → sequence → book → features → trigger → infer → value check → encode
+
+All state lives in arrays made here, once. `Pipeline.advance` runs native code over tape records
+up to the next signal that is due; `Pipeline.answer` infers and encodes it. Nothing here reads a
+clock, and a slot is an instrument's place in (venue, symbol) order, so the order in which a
+config names its instruments changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from engine import advance as kernel
+from engine import features, signals
+from engine.backends.interface import Backend
+from engine.book import FLOW_FIELDS
+from engine.bundle import Bundle
+from engine.config import Config, config_hash
+from engine.hashes import code_hash
+from engine.trust import (
+    NUMERICS,
+    PRECISIONS,
+    REASON_INFERENCE_FAILED,
+    REASONS,
+)
+from feeds import sync, wire
+from feeds.errors import InputError
+
+_SYNC_COUNTERS: Final = {
+    "gaps": sync.GAPS,
+    "lost": sync.LOST,
+    "late": sync.LATE,
+    "duplicates": sync.DUPLICATES,
+    "old_epoch": sync.OLD_EPOCH,
+    "resets": sync.RESETS,
+    "snapshots": sync.SNAPSHOTS,
+    "covered": sync.COVERED,
+    "overflows": sync.OVERFLOWS,
+}
+_SHARED_COUNTERS: Final = {
+    "messages": kernel.MESSAGES,
+    "book_levels": kernel.LEVELS,
+    "trades": kernel.TRADES,
+    "timers": kernel.TIMERS,
+    "rejected": kernel.REJECTED,
+    "unknown_instrument": kernel.UNKNOWN,
+    "dropped_levels": kernel.DROPPED_LEVELS,
+    "feature_vectors": kernel.COMPUTED,
+}
+
+
+class Pipeline:
+    """The engine's state and its transition.
+
+    Parameters
+    ----------
+    config : Config
+        Its instruments, trigger, book, trust and limits.
+    bundle : Bundle or None
+        The model's normalisation; None computes raw features and never infers.
+    backend : Backend or None
+        What infers; given exactly when ``bundle`` is.
+    engine_epoch : int
+        Names this run of the engine in its signals, outside the digest.
+    compute_always : bool
+        Measure only: a whole feature vector after every message, and no signals.
+
+    Attributes
+    ----------
+    fired : bool
+        Whether the last `advance` stopped because a signal is due.
+    vector : ndarray of float64, shape (N_FEATURES,)
+        Raw features of the last signal that was tradable before inference.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        bundle: Bundle | None,
+        backend: Backend | None,
+        *,
+        engine_epoch: int = 0,
+        compute_always: bool = False,
+    ) -> None:
+        assert (bundle is None) == (backend is None)
+        if not config.instruments:
+            raise InputError(
+                "no instrument to follow",
+                where="config key 'instrument'",
+                fix="add an [[instrument]] with venue and symbol",
+            )
+        names = sorted({(item.venue, item.symbol) for item in config.instruments})
+        n, width, capacity = len(names), features.N_FEATURES, config.book.max_levels
+        self.names: Final = names
+        self.fired = False
+        self.inference_failures = 0
+        self.signals = 0
+        self.tradable = 0
+        self.suppressed: Final = dict.fromkeys((name for _, name in REASONS), 0)
+        self._backend = backend
+        keys = b"".join(
+            wire.ascii_field(venue, 16, "config key 'instrument.venue'")
+            + wire.ascii_field(symbol, 32, "config key 'instrument.symbol'")
+            for venue, symbol in names
+        )
+        self._keys: Final = np.frombuffer(keys, dtype=np.uint8).reshape(n, 48).copy()
+        self._ids: Final = np.full((n, 2), -1, dtype=np.int64)
+        self.sync: Final = np.zeros((n, sync.ROW_FIELDS), dtype=np.int64)
+        self.sync[:, sync.WANT_SNAPSHOT] = 1
+        self._held: Final = np.zeros((n, config.limits.max_pending_bytes), dtype=np.uint8)
+        self.levels: Final = np.zeros((n, 2, 2, capacity), dtype=np.int64)
+        self.depth: Final = np.zeros((n, 2), dtype=np.int64)
+        self._flow: Final = np.zeros(FLOW_FIELDS, dtype=np.int64)
+        self._fi: Final = np.zeros((n, features.STATE_I), dtype=np.int64)
+        self._ff: Final = np.zeros((n, features.STATE_F), dtype=np.float64)
+        for slot in range(n):
+            features.reset(self._fi[slot], self._ff[slot])
+        self._track: Final = np.zeros((n, kernel.TRACK_FIELDS), dtype=np.int64)
+        self._shared: Final = np.zeros(kernel.SHARED_FIELDS, dtype=np.int64)
+        self._params: Final = np.zeros(kernel.PARAM_FIELDS, dtype=np.int64)
+        self._params[kernel.TRIGGER] = kernel.TRIGGERS[config.trigger.kind]
+        self._params[kernel.EVERY_EVENTS] = config.trigger.every_events
+        self._params[kernel.EVERY_NS] = config.trigger.every_ns
+        self._params[kernel.STALE_AFTER_NS] = config.trust.stale_after_ns
+        self._params[kernel.COMPUTE_ALWAYS] = compute_always
+        self._facts: Final = np.zeros(signals.FACT_FIELDS, dtype=np.int64)
+        self.vector: Final = np.zeros(width, dtype=np.float64)
+        self._mean: Final = np.zeros(width) if bundle is None else bundle.mean
+        self._inv_scale: Final = np.ones(width) if bundle is None else bundle.inv_scale
+        self._clip: Final = float("inf") if bundle is None else bundle.clip
+        self.x: Final = np.zeros((1, width), dtype=np.float32)
+        self._x_bytes: Final = self.x.reshape(-1).view(np.uint8)
+        n_outputs = 0 if bundle is None else len(bundle.classes)
+        self._outputs: Final = np.zeros(n_outputs, dtype=np.float32)
+        self._precision = self._numerics = 0
+        backend_name = "none"
+        if backend is not None:
+            info = backend.info()
+            self._precision = PRECISIONS.index(info.precision)
+            self._numerics = NUMERICS.index(info.numerics)
+            backend_name = f"{info.name}-{info.device}"[:16]
+        self._messages: Final = [
+            signals.signal_template(
+                venue,
+                symbol,
+                n_outputs,
+                model_hash=0 if bundle is None else bundle.model_hash,
+                config_hash=config_hash(config),
+                feature_hash=features.SCHEMA_HASH,
+                code_hash=code_hash(),
+                engine_epoch=engine_epoch,
+                backend=backend_name,
+            )
+            for venue, symbol in names
+        ]
+        self._views: Final = [memoryview(message) for message in self._messages]
+
+    def advance(self, buf: np.ndarray, at: int, stop: int) -> int:
+        """Consume whole tape records of ``buf[at:stop]``; see `engine.advance.advance`.
+
+        Returns
+        -------
+        int
+            Where to go on. `fired` says whether a signal is due; call `answer` then, before the
+            next `advance`.
+        """
+        after: int = kernel.advance(
+            buf,
+            at,
+            stop,
+            self._keys,
+            self._ids,
+            self.sync,
+            self._held,
+            self.levels,
+            self.depth,
+            self._flow,
+            self._fi,
+            self._ff,
+            self._track,
+            self._shared,
+            self._params,
+            self._facts,
+            self.vector,
+            self._mean,
+            self._inv_scale,
+            self._clip,
+            self.x,
+            self._x_bytes,
+        )
+        self.fired = self._shared[kernel.FIRED_SLOT] >= 0
+        return after
+
+    @property
+    def slot(self) -> int:
+        """Slot of the instrument whose signal is due, an index into `names`."""
+        return int(self._shared[kernel.FIRED_SLOT])
+
+    def answer(self, clock: Callable[[], int] | None = None) -> memoryview:
+        """Infer and encode the signal that is due.
+
+        Parameters
+        ----------
+        clock : callable, optional
+            Tells the time of emission in ns; without one it is the time of receipt.
+
+        Returns
+        -------
+        memoryview
+            The SBE Signal, valid until this instrument's next one.
+        """
+        assert self.fired, "no signal is due"
+        slot = self.slot
+        facts = self._facts
+        backend = self._backend
+        if facts[signals.FACT_REASONS] == 0:
+            if backend is None:
+                self._outputs.fill(0.0)
+            else:
+                if self._track[slot, kernel.STREAM_RESET]:
+                    self._track[slot, kernel.STREAM_RESET] = 0
+                    backend.reset(slot)
+                try:
+                    backend.infer(slot, self.x, self._outputs)
+                except RuntimeError:
+                    # The signal says so; the book and the next inference go on.
+                    self.inference_failures += 1
+                    facts[signals.FACT_REASONS] = REASON_INFERENCE_FAILED
+        emitted_ns = int(facts[signals.FACT_RECEIVED]) if clock is None else clock()
+        reasons = signals.encode_signal(
+            self._messages[slot],
+            facts,
+            self._outputs,
+            self._precision,
+            self._numerics,
+            emitted_ns,
+        )
+        self.signals += 1
+        if reasons == 0:
+            self.tradable += 1
+        else:
+            for bit, name in REASONS:
+                if reasons & bit:
+                    self.suppressed[name] += 1
+        return self._views[slot]
+
+    @property
+    def tradable_before_inference(self) -> bool:
+        """Whether nothing speaks against the signal that is due, so that `vector` is its own."""
+        return self.fired and self._facts[signals.FACT_REASONS] == 0
+
+    def wanted_snapshots(self) -> list[int]:
+        """Slots whose book needs a snapshot."""
+        return np.flatnonzero(self.sync[:, sync.WANT_SNAPSHOT]).tolist()
+
+    def synced(self) -> int:
+        """How many instruments have a whole book."""
+        return int(np.count_nonzero(self.sync[:, sync.STATE] == sync.SYNCED))
+
+    def last_error(self) -> str:
+        """What was wrong with the last malformed message."""
+        return wire.ERRORS[self._shared[kernel.LAST_ERROR]]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Everything counted so far."""
+        totals = {name: int(self._shared[column]) for name, column in _SHARED_COUNTERS.items()}
+        totals |= {name: int(self.sync[:, column].sum()) for name, column in _SYNC_COUNTERS.items()}
+        totals |= {
+            "signals": self.signals,
+            "tradable": self.tradable,
+            "inference_failures": self.inference_failures,
+        }
+        return totals

@@ -1,0 +1,1 @@
+"""Any venue or file → the canonical message: wire schema, sequencing, tape, simulators."""

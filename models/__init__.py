@@ -1,0 +1,1 @@
+"""PyTorch → INT8 ONNX bundle. The only package that imports torch."""

@@ -1,0 +1,121 @@
+"""Octick's front door: the root of the command line, and the client library's public names.
+
+Each package brings its commands in its own ``cli.py``; they are imported only when called, so
+that ``octick --help`` and a typo cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from feeds.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.client import Alert, EngineState, Signal, SignalClient
+
+__all__ = ["Alert", "EngineState", "InputError", "Signal", "SignalClient", "main"]
+__version__ = "0.1.0"
+
+EXIT_CHECK_FAILED: Final = 1
+EXIT_BAD_INPUT: Final = 2
+
+# name → (module, function, one-line help); groups are nested dicts.
+_COMMANDS: Final[dict[str, Any]] = {
+    "run": ("engine.cli", "run", "Run the engine as a daemon."),
+    "subscribe": ("engine.cli", "subscribe", "Watch signals as they are published."),
+    "doctor": ("engine.cli", "doctor", "Check this machine and what would make it slow."),
+    "publish": ("feeds.cli", "publish", "Put a simulator, tape or recording on ZeroMQ."),
+    "replay": ("replay.cli", "replay", "Run the engine over recorded tapes."),
+    "demo": ("benchmarks.cli", "demo", "Simulator, daemon and subscriber, then a replay."),
+    "tape": {
+        "": "Make, inspect, compare and export tapes.",
+        "check": ("replay.cli", "check", "Rebuild the book and hold it against the recording."),
+        "convert": ("feeds.cli", "convert", "Convert a raw recording to a tape."),
+        "diff": ("feeds.cli", "diff", "Name the first record in which two tapes differ."),
+        "export": ("feeds.cli", "export", "Write a tape as Parquet."),
+        "info": ("feeds.cli", "info", "Say what a tape holds."),
+        "seal": ("feeds.cli", "seal", "Compress a finished tape."),
+        "verify": ("feeds.cli", "verify", "Check every record of a tape."),
+    },
+    "model": {
+        "": "Build models and bundles.",
+        "reference": ("models.cli", "reference", "Rebuild the reference bundle."),
+    },
+    "bench": {
+        "": "Measure; every figure in the README comes from here.",
+        "replay": ("benchmarks.cli", "replay", "Book levels, messages and signals a second."),
+    },
+}
+
+_CLIENT_NAMES: Final = frozenset({"Alert", "EngineState", "Signal", "SignalClient"})
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported when called, listed from a table."""
+
+    def __init__(self, *args: Any, table: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(name for name in self._table if name)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = self._table.get(cmd_name)
+        if not cmd_name or entry is None:
+            return None
+        if isinstance(entry, dict):
+            return _LazyGroup(name=cmd_name, help=entry[""], table=entry)
+        module, function, _ = entry
+        command = getattr(importlib.import_module(module), function)
+        assert isinstance(command, click.Command), f"{module}.{function} is no command"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            entry = self._table[name]
+            rows.append((name, entry[""] if isinstance(entry, dict) else entry[2]))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+cli = _LazyGroup(
+    name="octick",
+    table=_COMMANDS,
+    help="Level II in, INT8 signal out: a deterministic real-time signal engine.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+click.version_option(__version__, prog_name="octick")(cli)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 a check failed, 2 wrong usage or input."""
+    try:
+        code = cli.main(prog_name="octick", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_BAD_INPUT
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLIENT_NAMES:
+        return getattr(importlib.import_module("engine.client"), name)
+    raise AttributeError(f"module 'octick' has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    main()
