@@ -1,0 +1,270 @@
+"""The reference backend: ONNX Runtime with one execution provider.
+
+The CPU provider is tuned for one small model a tick: one intra-op thread, no spinning, both
+buffers bound once, so that a call does no more than the graph's own work. On x86 without VNNI
+``session.x64quantprecision=1`` makes ONNX Runtime use the integer product that cannot saturate
+its 16-bit intermediate sums; without it an exact model would not be exact.
+
+Source: ONNX Runtime documentation, "Quantize ONNX models" (x86-64 with AVX2) and "I/O binding".
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Final, Self
+
+import llvmlite.binding as llvm
+import numpy as np
+import onnxruntime as ort
+
+from engine.backends.interface import BackendInfo
+from engine.bundle import Bundle
+from feeds.errors import InputError
+
+PROVIDERS: Final = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+PACKAGES: Final = {
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "openvino": "onnxruntime-openvino",
+}
+WARM_UP_RUNS: Final = 64
+PROOF_RUNS: Final = 64
+MAX_IN_FLIGHT: Final = 256
+MAX_THREADS: Final = 256
+_ISA: Final = (
+    "avx512vnni",
+    "avxvnni",
+    "avx512f",
+    "avx2",
+    "avx",
+    "sse4.1",
+    "i8mm",
+    "dotprod",
+    "neon",
+)
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """The options every session that serves is opened with."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # a failure is raised, and said once
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def host_isa() -> str:
+    """Widest instruction set of this CPU that matters to integer inference."""
+    present = llvm.get_host_cpu_features()
+    return next((name for name in _ISA if present.get(name)), "baseline")
+
+
+def provider_of(device: str) -> str:
+    """The execution provider of a device name, present in this ONNX Runtime.
+
+    Raises
+    ------
+    InputError
+        If there is no such device, or the installed ONNX Runtime was built without it.
+    """
+    provider = PROVIDERS.get(device)
+    if provider is None:
+        nearest = difflib.get_close_matches(device, PROVIDERS, n=1)
+        raise InputError(
+            "unknown device of the onnx backend",
+            where="model.device",
+            expected="one of " + ", ".join(PROVIDERS),
+            found=repr(device),
+            fix=f"did you mean {nearest[0]}?" if nearest else "use cpu",
+        )
+    available = ort.get_available_providers()
+    if provider not in available:
+        package = PACKAGES.get(device, "onnxruntime")
+        raise InputError(
+            f"this ONNX Runtime cannot run on {device}",
+            where="model.device",
+            expected=provider,
+            found=", ".join(available),
+            fix=f"use cpu, or install {package} in place of onnxruntime",
+        )
+    return provider
+
+
+class OnnxBackend:
+    """One bundle's model in one ONNX Runtime session; see `engine.backends.interface.Backend`.
+
+    Parameters
+    ----------
+    session : onnxruntime.InferenceSession
+    bundle : Bundle
+    info : BackendInfo
+    """
+
+    def __init__(self, session: ort.InferenceSession, bundle: Bundle, info: BackendInfo) -> None:
+        self._session: ort.InferenceSession | None = session
+        self._bundle = bundle
+        self._info = info
+        # Other providers copy a bound input when it is bound, not when it is run.
+        self._copies_input = info.device != "cpu"
+        self._binding: ort.IOBinding | None = None
+        self._x: np.ndarray | None = None
+        self._out: np.ndarray | None = None
+        self._answers = np.zeros((MAX_IN_FLIGHT, bundle.n_outputs), dtype=np.float32)
+        self._slots = list(self._answers)
+        self._tickets = np.zeros(MAX_IN_FLIGHT, dtype=np.int64)
+        self._submitted = 0
+        self._taken = 0
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, device: str = "cpu", *, threads: int = 1, precision: str = "int8"
+    ) -> Self:
+        """Open a bundle's model; see `Backend.open`."""
+        if not 1 <= threads <= MAX_THREADS:
+            raise InputError(
+                "bad number of threads",
+                where="model.threads",
+                expected=f"1 to {MAX_THREADS}",
+                found=str(threads),
+            )
+        provider = provider_of(device)
+        data = bundle.model_bytes(precision)
+        options = session_options(threads)
+        if device != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            session = ort.InferenceSession(data, options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise InputError(
+                f"ONNX Runtime cannot serve the {precision} model on {device}",
+                where=str(bundle.path),
+                found=str(error)[:300],
+                fix="use another device, or rebuild the bundle",
+            ) from None
+        session.disable_fallback()
+        serving = session.get_providers()
+        if serving[0] != provider:
+            raise InputError(
+                f"ONNX Runtime fell back from {device} without saying so",
+                where="model.device",
+                expected=provider,
+                found=", ".join(serving),
+                fix="use cpu, or repair the driver of the device",
+            )
+        backend = cls(
+            session,
+            bundle,
+            BackendInfo(
+                name="onnx",
+                device=device,
+                precision=precision,
+                numerics=bundle.numerics if precision == "int8" else "tolerance",
+                input_shape=(1, bundle.n_features),
+                input_dtype="float32",
+                output_shape=(bundle.n_outputs,),
+                output_dtype="float32",
+                model_hash=bundle.model_hash,
+                isa=host_isa(),
+                threads=threads,
+                library=f"onnxruntime {ort.__version__}",
+            ),
+        )
+        backend._warm_up()
+        if backend._info.numerics == "exact-int8":
+            backend._prove_exact(data)
+        return backend
+
+    def _warm_up(self) -> None:
+        x = np.zeros(self._info.input_shape, dtype=np.float32)
+        out = np.zeros(self._info.output_shape, dtype=np.float32)
+        for _ in range(WARM_UP_RUNS):
+            self.infer(0, x, out)
+
+    def _prove_exact(self, data: bytes) -> None:
+        """Hold this machine's fused kernels against the graph as written, bit for bit."""
+        options = session_options(1)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        plain = ort.InferenceSession(data, options, providers=[PROVIDERS["cpu"]])
+        rng = np.random.default_rng(0)
+        x = np.zeros(self._info.input_shape, dtype=np.float32)
+        out = np.zeros(self._info.output_shape, dtype=np.float32)
+        for run in range(PROOF_RUNS):
+            # Every other input is saturated: there narrow intermediate sums would overflow.
+            drawn = rng.standard_normal(x.shape) * (1.0 if run % 2 == 0 else 1e6)
+            x[:] = np.clip(drawn, -self._bundle.clip, self._bundle.clip)
+            self.infer(0, x, out)
+            (expected,) = plain.run([self._bundle.output_name], {self._bundle.input_name: x})
+            if out.tobytes() != expected.tobytes():
+                raise InputError(
+                    "this model declares exact-int8, and is not exact on this machine",
+                    where=f"{self._bundle.path} on {self._info.device} ({self._info.isa})",
+                    expected=f"{expected.ravel().tolist()} as the unfused graph computes",
+                    found=str(out.tolist()),
+                    fix="rebuild the bundle, or declare its numerics as tolerance",
+                )
+
+    def info(self) -> BackendInfo:
+        """What was opened."""
+        return self._info
+
+    def _bind(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Let the session read from ``x`` and write to ``out`` in place; both are kept alive."""
+        assert self._session is not None, "this backend is closed"
+        for array, shape in ((x, self._info.input_shape), (out, self._info.output_shape)):
+            assert array.shape == shape, f"shape {array.shape} instead of {shape}"
+            assert array.dtype == np.float32
+            assert array.flags.c_contiguous
+        assert out.flags.writeable
+        binding = self._session.io_binding()
+        binding.bind_input(
+            self._bundle.input_name, "cpu", 0, np.float32, list(x.shape), x.ctypes.data
+        )
+        binding.bind_output(
+            self._bundle.output_name, "cpu", 0, np.float32, [1, *out.shape], out.ctypes.data
+        )
+        self._binding, self._x, self._out = binding, x, out
+
+    def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> None:
+        """Run the model from ``x`` into ``out``; see `Backend.infer`."""
+        if x is not self._x or out is not self._out or self._copies_input:
+            self._bind(x, out)
+        try:
+            self._session.run_with_iobinding(self._binding)  # type: ignore[union-attr]
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise RuntimeError(f"inference failed: {error}") from None
+
+    def submit(self, stream: int, ticket: int, x: np.ndarray) -> bool:
+        """Answer at once and keep the answer for `poll`; False where `MAX_IN_FLIGHT` wait."""
+        if self._submitted - self._taken == MAX_IN_FLIGHT:
+            return False
+        slot = self._submitted % MAX_IN_FLIGHT
+        self.infer(stream, x, self._slots[slot])
+        self._tickets[slot] = ticket
+        self._submitted += 1
+        return True
+
+    def poll(self, out: np.ndarray) -> int:
+        """The oldest answer not yet taken; see `Backend.poll`."""
+        if self._taken == self._submitted:
+            return -1
+        slot = self._taken % MAX_IN_FLIGHT
+        out[:] = self._answers[slot]
+        self._taken += 1
+        return int(self._tickets[slot])
+
+    def reset(self, stream: int) -> None:
+        """Nothing to forget: the graph keeps no state between calls."""
+
+    def close(self) -> None:
+        """Drop the session and let go of the bound arrays."""
+        self._session = self._binding = self._x = self._out = None

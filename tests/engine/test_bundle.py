@@ -1,0 +1,276 @@
+"""Loading a bundle: what is taken, and how everything else is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+from engine import features
+from engine.bundle import (
+    FP32_NAME,
+    INT8_NAME,
+    MANIFEST_NAME,
+    METADATA_KEY,
+    Manifest,
+    load_bundle,
+    model_hash,
+)
+from feeds.errors import InputError
+from models.export import write_manifest
+from tests.small_bundle import make_bundle
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good bundle."""
+    make_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest by hand: its hash is not brought up to date."""
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def sign(folder: Path) -> None:
+    """Bring digests and hash up to date, as somebody who knows the format would."""
+    manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
+    digests = [
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (INT8_NAME, FP32_NAME)
+    ]
+    write_manifest(
+        folder,
+        msgspec.structs.replace(manifest, int8_sha256=digests[0], fp32_sha256=digests[1]),
+    )
+
+
+def refusal(folder: Path) -> InputError:
+    """The one line with which a bundle is refused."""
+    with pytest.raises(InputError) as caught:
+        load_bundle(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in caught.value.where
+    return caught.value
+
+
+def test_a_good_bundle_says_what_the_engine_needs(tmp_path: Path) -> None:
+    _, manifest = make_bundle(tmp_path)
+    bundle = load_bundle(tmp_path)
+    assert bundle.path == tmp_path
+    assert bundle.name == "small"
+    assert bundle.numerics == "exact-int8"
+    assert bundle.classes == ("down", "flat", "up")
+    assert bundle.n_outputs == 3
+    assert bundle.n_features == features.N_FEATURES
+    assert bundle.feature_hash == features.SCHEMA_HASH
+    assert f"{bundle.model_hash:016x}" == manifest.model_hash
+    assert bundle.int8_path.is_file()
+    assert bundle.fp32_path.is_file()
+    for array, written in (
+        (bundle.mean, manifest.input.mean),
+        (bundle.inv_scale, manifest.input.inv_scale),
+    ):
+        assert array.dtype == np.float64
+        assert array.flags.c_contiguous
+        assert tuple(array) == written  # every float survives the JSON
+
+
+def test_both_models_carry_the_feature_schema(folder: Path) -> None:
+    for name in (INT8_NAME, FP32_NAME):
+        props = {entry.key: entry.value for entry in onnx.load(folder / name).metadata_props}
+        assert props == {METADATA_KEY: features.SCHEMA_HEX}
+
+
+def test_loading_imports_neither_onnx_nor_torch(folder: Path) -> None:
+    code = (
+        "import sys; from engine.bundle import load_bundle;"
+        "from engine.backends.registry import open_backend;"
+        "open_backend('onnx', load_bundle(sys.argv[1]));"
+        "sys.exit(int('onnx' in sys.modules or 'torch' in sys.modules))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=root, check=False)
+    assert done.returncode == 0
+
+
+def test_the_hash_follows_what_is_computed_and_nothing_else(tmp_path: Path) -> None:
+    _, manifest = make_bundle(tmp_path)
+    known = model_hash(manifest)
+    replace = msgspec.structs.replace
+    for same in (
+        replace(manifest, name="other"),
+        replace(manifest, training={"note": 1}),
+        replace(manifest, model_hash="00"),
+    ):
+        assert model_hash(same) == known
+    mean = (math.nextafter(manifest.input.mean[0], 9.0), *manifest.input.mean[1:])
+    for other in (
+        replace(manifest, numerics="tolerance"),
+        replace(manifest, feature_schema="00"),
+        replace(manifest, int8_sha256="00"),
+        replace(manifest, fp32_sha256="00"),
+        replace(manifest, input=replace(manifest.input, mean=mean)),
+        replace(manifest, input=replace(manifest.input, clip=5.0)),
+        replace(manifest, output=replace(manifest.output, classes=("up", "flat", "down"))),
+    ):
+        assert model_hash(other) != known
+
+
+def test_layout_of_the_manifest_changes_no_hash(folder: Path) -> None:
+    known = load_bundle(folder).model_hash
+    path = folder / MANIFEST_NAME
+    data = dict(reversed(json.loads(path.read_text()).items()))
+    path.write_text(json.dumps(data, separators=(",", ":")))
+    assert load_bundle(folder).model_hash == known
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "absent").found == "nothing"
+    (tmp_path / "file").touch()
+    assert refusal(tmp_path / "file").found == "a file"
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, INT8_NAME, FP32_NAME])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert refusal(folder).where == str(folder / name)
+
+
+@pytest.mark.parametrize("name", [INT8_NAME, FP32_NAME])
+def test_one_flipped_bit_of_a_model_is_found(folder: Path, name: str) -> None:
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    error = refusal(folder)
+    assert error.where == str(path)
+    assert hashlib.sha256(data).hexdigest() in error.found
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_model_cut_short_and_signed_all_the_same(folder: Path, keep: int) -> None:
+    path = folder / INT8_NAME
+    path.write_bytes(path.read_bytes()[:keep])
+    sign(folder)
+    assert refusal(folder).where.startswith(str(path))
+
+
+def test_a_file_that_is_no_onnx(folder: Path) -> None:
+    (folder / FP32_NAME).write_bytes(b"PK\x03\x04 not a model" * 50)
+    sign(folder)
+    assert refusal(folder).where == str(folder / FP32_NAME)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 1}', b"null"])
+def test_a_manifest_that_is_none(folder: Path, data: bytes) -> None:
+    (folder / MANIFEST_NAME).write_bytes(data)
+    assert refusal(folder).where == str(folder / MANIFEST_NAME)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "nearest"),
+    [("", "numeric", "numerics"), ("input", "clipp", "clip"), ("output", "clases", "classes")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(
+    folder: Path, section: str, key: str, nearest: str
+) -> None:
+    edit_manifest(folder, lambda m: (m[section] if section else m).update({key: 1}))
+    error = refusal(folder)
+    assert error.where.endswith(f"{section}.{key}" if section else key)
+    assert nearest in error.fix
+
+
+CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("format", lambda m: m.update(format=2)),
+    ("feature_schema", lambda m: m.update(feature_schema="0" * 64)),
+    ("input.mean", lambda m: m["input"]["mean"].pop()),
+    ("input.inv_scale", lambda m: m["input"]["inv_scale"].append(1.0)),
+    ("input.inv_scale[3]", lambda m: m["input"]["inv_scale"].__setitem__(3, 0.0)),
+    ("input.inv_scale[0]", lambda m: m["input"]["inv_scale"].__setitem__(0, -1.0)),
+    ("input.clip", lambda m: m["input"].update(clip=0)),
+    ("output.classes", lambda m: m["output"].update(classes=["up", "up", "down"])),
+    ("output.classes", lambda m: m["output"].update(classes=[])),
+    ("model_hash", lambda m: m["input"].update(clip=3.5)),
+    ("model_hash", lambda m: m.update(model_hash="0" * 16)),
+]
+
+
+@pytest.mark.parametrize(("key", "change"), CHANGES)
+def test_values_that_cannot_be_served_name_their_key(
+    folder: Path, key: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    edit_manifest(folder, change)
+    error = refusal(folder)
+    assert error.where == f"{folder / MANIFEST_NAME}: {key}"
+    assert error.expected
+    assert error.found
+    assert error.fix
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", '"1"', "null"])
+def test_numbers_that_are_none_are_refused(folder: Path, number: str) -> None:
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["input"]["mean"][2] = "HERE"
+    path.write_text(json.dumps(manifest).replace('"HERE"', number))
+    assert str(path) in refusal(folder).where
+
+
+def test_other_numerics_are_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda m: m.update(numerics="exact"))
+    assert refusal(folder).where == str(folder / MANIFEST_NAME)
+
+
+@pytest.mark.parametrize(
+    ("which", "name"), [("int8_schema", INT8_NAME), ("fp32_schema", FP32_NAME)]
+)
+def test_a_model_made_for_other_features(tmp_path: Path, which: str, name: str) -> None:
+    make_bundle(tmp_path, **{which: "ab" * 32})  # type: ignore[arg-type]
+    error = refusal(tmp_path)
+    assert error.where == f"{tmp_path / name}: metadata_props {METADATA_KEY}"
+    assert error.expected == features.SCHEMA_HEX
+    assert error.found == "ab" * 32
+
+
+def test_a_model_of_another_width(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "wide", n_features=features.N_FEATURES + 1)
+    make_bundle(tmp_path / "good")
+    (tmp_path / "good" / FP32_NAME).write_bytes((tmp_path / "wide" / FP32_NAME).read_bytes())
+    sign(tmp_path / "good")
+    error = refusal(tmp_path / "good")
+    assert error.where == f"{tmp_path / 'good' / FP32_NAME}: input of the graph"
+    assert str(features.N_FEATURES) in error.expected
+    assert str(features.N_FEATURES + 1) in error.found
+
+
+def test_a_model_with_other_classes(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "two", classes=("down", "up"))
+    make_bundle(tmp_path / "good")
+    (tmp_path / "good" / INT8_NAME).write_bytes((tmp_path / "two" / INT8_NAME).read_bytes())
+    sign(tmp_path / "good")
+    where = f"{tmp_path / 'good' / INT8_NAME}: output of the graph"
+    assert refusal(tmp_path / "good").where == where
+
+
+def test_a_model_that_changes_after_loading_is_not_served(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert bundle.model_bytes("int8") == (folder / INT8_NAME).read_bytes()
+    (folder / INT8_NAME).write_bytes((folder / FP32_NAME).read_bytes())
+    with pytest.raises(InputError):
+        bundle.model_bytes("int8")
+    with pytest.raises(InputError, match="precision"):
+        bundle.model_bytes("fp16")
