@@ -1,0 +1,306 @@
+"""The main job on one machine: simulator, daemon and subscriber as three processes, then a replay.
+
+Everything is what a user would start: ``octick publish``, ``octick run``, ``octick subscribe`` and
+``octick replay --verify``. This module only starts them, shows what the subscriber sees, and adds
+up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal as os_signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Final
+
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from engine.config import load_config
+from engine.jitter import Jitter, measure_jitter
+from feeds.errors import InputError
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+CONFIG: Final = ROOT / "configs" / "simulator.toml"
+JITTER_S: Final = 1.0
+READY_TIMEOUT_S: Final = 120.0
+STOP_TIMEOUT_S: Final = 20.0
+MAX_QUEUED_LINES: Final = 100_000
+REFRESH_S: Final = 0.25
+_LOST: Final = ""  # beside the instruments' counts: what the subscriber found missing
+
+
+class DemoResult(msgspec.Struct):
+    """What a person wants to see at the end."""
+
+    seconds: float
+    messages: int
+    signals: int
+    tradable: int
+    received: int
+    lost_by_engine: int
+    lost_by_subscriber: int
+    latency_p50_us: float
+    latency_p99_us: float
+    jitter_p99_us: float
+    jitter_max_us: float
+    tape: str
+    digest_live: str
+    digest_replay: str
+    equal: bool
+
+
+class _Lines:
+    """Lines of a child's output, taken by a thread so that its pipe never fills."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._queue: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
+        self._thread = threading.Thread(target=self._pump, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _pump(self, stream: IO[str]) -> None:
+        for line in stream:
+            self._queue.put(line)
+
+    def take(self) -> Iterator[str]:
+        """What has come since the last time."""
+        while True:
+            try:
+                yield self._queue.get_nowait()
+            except queue.Empty:
+                return
+
+    def wait_for(self, start: str, timeout_s: float, child: subprocess.Popen[str]) -> list[str]:
+        """Lines up to one that starts so."""
+        seen: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                seen.append(self._queue.get(timeout=0.1))
+            except queue.Empty:
+                if child.poll() is not None and self._queue.empty():
+                    break
+                continue
+            if seen[-1].startswith(start):
+                return seen
+        raise InputError(
+            f"{' '.join(child.args[3:5])} did not become ready",  # type: ignore[index]
+            where="demo",
+            found=" ".join("".join(seen).split())[-300:] or "no output",
+            fix="run 'octick doctor'",
+        )
+
+    def finish(self) -> list[str]:
+        """All that is left, once the child has ended."""
+        self._thread.join(STOP_TIMEOUT_S)
+        return list(self.take())
+
+
+def _octick(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "octick", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def _children() -> Iterator[list[subprocess.Popen[str]]]:
+    children: list[subprocess.Popen[str]] = []
+    try:
+        yield children
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.send_signal(os_signal.SIGINT)
+    child.wait(STOP_TIMEOUT_S)
+
+
+def _last_json(lines: list[str], where: str) -> dict[str, Any]:
+    for line in reversed(lines):
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    raise InputError("no result", where=where, found="".join(lines)[-300:])
+
+
+def _write_config(folder: Path, tape: Path) -> tuple[Path, dict[str, str]]:
+    """The shipped simulator config on endpoints of this demo's own."""
+    sockets = {name: f"ipc://{folder}/{name}" for name in ("feed", "snapshots", "signals")}
+    shipped = load_config(CONFIG)
+    text = (
+        f'[[feed]]\nendpoint = "{sockets["feed"]}"\n'
+        f'snapshot_endpoint = "{sockets["snapshots"]}"\n'
+        f'[model]\nbundle = "{shipped.model.bundle}"\n'
+        f'[publish]\nendpoint = "{sockets["signals"]}"\n'
+        f'[tape]\npath = "{tape}"\n'
+    )
+    for item in shipped.instruments:
+        text += f'[[instrument]]\nvenue = "{item.venue}"\nsymbol = "{item.symbol}"\n'
+    path = folder / "demo.toml"
+    path.write_text(text)
+    return path, sockets
+
+
+def _table(last: dict[str, dict[str, Any]], counts: dict[str, int], left_s: float) -> Table:
+    table = Table(title=f"signals, {left_s:.0f} s to go", title_justify="left")
+    for name in ("instrument", "signals", "book", "class", "outputs", "best bid", "best ask"):
+        table.add_column(name, justify="left" if name in ("instrument", "book") else "right")
+    for name in sorted(last):
+        signal = last[name]
+        outputs = " ".join("-" if v is None else f"{v:+.2f}" for v in signal["outputs"])
+        chosen = "-" if signal["predicted_class"] is None else str(signal["predicted_class"])
+        trust = signal["book_state"] + ("" if signal["tradable"] else " !")
+        table.add_row(
+            name,
+            f"{counts[name]:,}",
+            trust,
+            chosen,
+            outputs,
+            str(signal["best_bid_ticks"]),
+            str(signal["best_ask_ticks"]),
+        )
+    return table
+
+
+def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
+    """Run the demo.
+
+    Parameters
+    ----------
+    seconds : float
+        How long the session lasts once the engine is ready.
+    folder : Path
+        Where its tape is left.
+    console : Console
+        For the live table and what is going on.
+
+    Raises
+    ------
+    InputError
+        If one of the processes does not come up.
+    """
+    tape = folder / f"demo-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.tape"
+    with console.status("compiling the kernels (once; cached afterwards)"):
+        import engine.daemon
+        import feeds.publisher  # noqa: F401 - warms the cache for the three processes
+    jitter: Jitter = measure_jitter(JITTER_S)
+    with tempfile.TemporaryDirectory(prefix="octick-") as temporary, _children() as children:
+        config, sockets = _write_config(Path(temporary), tape.resolve())
+        watcher = _octick("subscribe", sockets["signals"], "--json")
+        engine_process = _octick("run", str(config), "--json")
+        market = _octick(
+            "publish", "sim", "--bind", sockets["feed"], "--snapshots", sockets["snapshots"]
+        )  # fmt: skip
+        children += [watcher, engine_process, market]
+        pipes = [child.stdout for child in children] + [child.stderr for child in children]
+        out, engine_out, _, _, engine_err, _ = [_Lines(p) for p in pipes if p is not None]
+        with console.status("starting simulator, engine and subscriber"):
+            engine_err.wait_for("READY", READY_TIMEOUT_S, engine_process)
+        console.print("octick publish sim  →  octick run  →  octick subscribe", highlight=False)
+        last: dict[str, dict[str, Any]] = {}
+        counts: dict[str, int] = {}
+        deadline = time.monotonic() + seconds
+        with Live(console=console, refresh_per_second=4, transient=False) as live:
+            while (left_s := deadline - time.monotonic()) > 0 and engine_process.poll() is None:
+                for line in out.take():
+                    _note(line, last, counts)
+                live.update(_table(last, counts, left_s))
+                time.sleep(min(REFRESH_S, max(left_s, 0.0)))
+        _stop(engine_process)
+        _stop(market)
+        _stop(watcher)
+        totals = _last_json(engine_out.finish(), "octick run")
+        for line in out.finish():
+            _note(line, last, counts)
+    with console.status("replaying the tape"):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "octick", "replay", str(tape), "--verify", "--json"),
+                *("--model", load_config(CONFIG).model.bundle),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        replayed = _last_json([*done.stdout.splitlines(), done.stderr], "octick replay")
+    live_digest = _recorded_digest(tape)
+    return DemoResult(
+        seconds=seconds,
+        messages=totals["messages"],
+        signals=totals["signals"],
+        tradable=totals["tradable"],
+        received=sum(n for name, n in counts.items() if name != _LOST),
+        lost_by_engine=totals["lost"],
+        lost_by_subscriber=counts.get(_LOST, 0),
+        latency_p50_us=totals["latency_p50_us"],
+        latency_p99_us=totals["latency_p99_us"],
+        jitter_p99_us=jitter.p99_ns / 1e3,
+        jitter_max_us=jitter.max_ns / 1e3,
+        tape=str(tape),
+        digest_live=live_digest,
+        digest_replay=replayed["digest"],
+        equal=done.returncode == 0 and live_digest == replayed["digest"],
+    )
+
+
+def _note(line: str, last: dict[str, dict[str, Any]], counts: dict[str, int]) -> None:
+    message = json.loads(line)
+    if message.get("kind", "signal") == "signal":
+        name = f"{message['venue']}.{message['symbol']}"
+        last[name] = message
+        counts[name] = counts.get(name, 0) + 1
+        counts[_LOST] = counts.get(_LOST, 0) + message["lost_before"]
+
+
+def _recorded_digest(path: Path) -> str:
+    from engine.digest import Digest
+    from feeds.tape import SIGNAL, TapeReader
+
+    digest = Digest()
+    for record in TapeReader(path).records():
+        if record.kind == SIGNAL:
+            digest.update(record.payload)
+    return digest.hexdigest()
+
+
+def show(result: DemoResult, console: Console) -> None:
+    """The end of the demo, for a person."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in (
+        ("messages", f"{result.messages:,} in {result.seconds:.0f} s"),
+        ("signals", f"{result.signals:,}, {result.tradable:,} tradable"),
+        ("subscriber", f"{result.received:,} signals"),
+        ("lost", f"{result.lost_by_engine} on the feed, {result.lost_by_subscriber} by the client"),
+        ("latency", f"p50 {result.latency_p50_us:.1f} µs, p99 {result.latency_p99_us:.1f} µs "
+                    "from receipt to sent"),
+        ("host jitter", f"p99 {result.jitter_p99_us:.1f} µs, max {result.jitter_max_us:.1f} µs "
+                        "(a spinning thread's gaps, before the run)"),
+        ("tape", result.tape),
+        ("digest, live", result.digest_live),
+        ("digest, replay", result.digest_replay),
+    ):  # fmt: skip
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)
+    verdict = "[green]equal: the replay gave the same signals, byte for byte[/]"
+    console.print(verdict if result.equal else "[red]the digests differ[/]")

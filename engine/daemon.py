@@ -1,0 +1,540 @@
+# Hot path: `Daemon._drain` and `Daemon._step`; the rest is plain asyncio.
+"""The daemon: market data in over ZeroMQ, signals out, everything recorded.
+
+What arrives goes onto the tape first; the pipeline then advances over the very bytes that a
+replay will read. The clock is read here and nowhere deeper: its readings become receive times on
+the tape, timer events on the tape, or telemetry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal as os_signal
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any, Final
+
+import msgspec
+import zmq
+
+from engine import latency, state
+from engine.backends.registry import open_backend
+from engine.bundle import Bundle, load_bundle
+from engine.config import Config, config_hash, semantic
+from engine.features import SCHEMA_HASH
+from engine.feed import MALFORMED, NOTHING, FeedConnection
+from engine.hashes import code_hash
+from engine.pipeline import Pipeline
+from engine.publisher import SignalPublisher
+from engine.recorder import Recorder, ScratchTape, open_recorder
+from engine.signals import AT_BOOK_STATE
+from engine.trust import BOOK_STATES, SYNCED
+from feeds import tape, wire
+from feeds.errors import InputError
+
+STATE_EVERY_NS: Final = 1_000_000_000
+SLOW_POLL_S: Final = 0.05
+WAIT_NOTICE_NS: Final = 2_000_000_000
+HANDSHAKE_POLL_MS: Final = 20
+MAX_EARLY_MESSAGES: Final = 100_000
+WARM_UP_BYTES: Final = 1 << 16
+
+Notice = Callable[[str], None]
+
+
+class Totals(msgspec.Struct):
+    """What a session did, for the closing line and ``--json``."""
+
+    seconds: float
+    messages: int
+    signals: int
+    tradable: int
+    lost: int
+    gaps: int
+    duplicates: int
+    rejected: int
+    instruments: int
+    synced: int
+    subscriber_drops: int
+    latency_p50_us: float
+    latency_p99_us: float
+    latency_max_us: float
+    collections: int
+    tape: str
+    tape_records: int
+    engine_epoch: int
+    model_hash: str
+    config_hash: str
+    code_hash: str
+
+
+class Daemon:
+    """One engine process.
+
+    Parameters
+    ----------
+    config : Config
+        With feeds, a model bundle and an endpoint to publish on.
+    notice : callable
+        Takes one line for the operator.
+
+    Attributes
+    ----------
+    pipeline : Pipeline
+    ready : bool
+        All instruments are defined, the tape is open, events are being taken.
+    """
+
+    def __init__(self, config: Config, notice: Notice) -> None:
+        self.config = config
+        self.ready = False
+        self._notice = notice
+        self._stop = False
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+        self._started_ns = self.now_ns()
+        self.epoch: Final = self._started_ns
+        self.bundle: Bundle = load_bundle(config.model.bundle)
+        self._backend = open_backend(
+            config.model.backend,
+            self.bundle,
+            config.model.device,
+            threads=config.model.threads,
+            precision=config.model.precision,
+        )
+        self.pipeline = Pipeline(config, self.bundle, self._backend, engine_epoch=self.epoch)
+        names = self.pipeline.names
+        self._topics = [wire.topic("signal", *name) for name in names]
+        self._alert_topics = [wire.topic("alert", *name) for name in names]
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._feeds: list[FeedConnection] = []
+        self._recorder: Recorder | None = None
+        self._view = memoryview(b"")
+        self._arena: Any = None
+        self._early: list[tuple[int, bytes]] = []
+        self._definitions: dict[tuple[str, str], tape.InstrumentMeta] = {}
+        self._rejections: dict[tuple[str, str], str] = {}
+        self._requested_ns = [0] * len(names)
+        self.latency: Final = latency.new_counts()
+        self._state_seq = self._alert_seq = self._rejected_told = 0
+        self._next_state_ns = 0
+        self._collections = 0
+        self._signal_bytes = (
+            tape.RECORD_HEADER_BYTES
+            + wire.HEADER_BYTES
+            + wire.SIGNAL_BLOCK
+            + wire.GROUP_HEADER_BYTES
+            + wire.OUTPUT_BYTES * self.bundle.n_outputs
+            + 8
+        )
+        self._room = config.limits.max_message_bytes + self._signal_bytes * (len(names) + 1)
+        self._room += tape.RECORD_HEADER_BYTES
+        try:
+            topics = [*self._topics, *self._alert_topics, state.STATE_TOPIC]
+            self.publisher = SignalPublisher(
+                config.publish.endpoint, topics, send_hwm=config.limits.send_hwm
+            )
+            for feed in config.feeds:
+                self._feeds.append(FeedConnection(self._context, feed, config.limits, names))
+        except InputError:
+            self.close()
+            raise
+
+    def now_ns(self) -> int:
+        """Wall time that never steps back within this process."""
+        return time.monotonic_ns() + self._offset_ns
+
+    def stop(self) -> None:
+        """Finish what is in hand and return from `run`."""
+        self._stop = True
+
+    # Start: find every instrument, open the tape.
+
+    def connect(self) -> None:
+        """Wait until every instrument is defined by a feed; then open the tape.
+
+        Raises
+        ------
+        InputError
+            If every snapshot service that was asked rejects an instrument, or the tape cannot be
+            made.
+        """
+        names = self.pipeline.names
+        poller = zmq.Poller()
+        for feed in self._feeds:
+            poller.register(feed.sub, zmq.POLLIN)
+            if feed.dealer is not None:
+                poller.register(feed.dealer, zmq.POLLIN)
+        limit = self.config.limits.snapshot_timeout_ns
+        services = sum(feed.dealer is not None for feed in self._feeds)
+        asked_ns = 0
+        told_ns = self.now_ns()
+        while not self._stop and len(self._definitions) < len(names):
+            now = self.now_ns()
+            missing = [name for name in names if name not in self._definitions]
+            if now - asked_ns > limit:
+                asked_ns = now
+                for feed in self._feeds:
+                    for name in missing:
+                        feed.request_snapshot(*name)
+            if now - told_ns > WAIT_NOTICE_NS:
+                told_ns = now
+                what = ", ".join(".".join(name) for name in missing)
+                where = ", ".join(feed.config.endpoint for feed in self._feeds)
+                self._notice(f"waiting for {what} from {where}")
+            poller.poll(HANDSHAKE_POLL_MS)
+            self._receive_early()
+            self.publisher.serve_joins()
+            rejected = [name for name in missing if name in self._rejections]
+            if rejected and services == len(self._feeds) == 1:
+                name = rejected[0]
+                raise InputError(
+                    f"unknown symbol {'.'.join(name)}",
+                    where=self._feeds[0].config.snapshot_endpoint,
+                    found=self._rejections[name],
+                    fix="correct the [[instrument]] of the config, or the feed",
+                )
+        meta = tape.TapeMeta(
+            created_ns=self._started_ns,
+            source="octick run",
+            instruments=[self._definitions[name] for name in names if name in self._definitions],
+            engine_epoch=self.epoch,
+            config=semantic(self.config),
+            hashes={
+                "model": f"{self.bundle.model_hash:016x}",
+                "config": f"{config_hash(self.config):016x}",
+                "features": f"{SCHEMA_HASH:016x}",
+                "code": f"{code_hash():016x}",
+            },
+        )
+        self._warm_up()
+        self._recorder = open_recorder(self.config.tape.path, meta)
+        early, self._early = self._early, []
+        for recv_ns, payload in early:
+            self._take(tape.MARKET, recv_ns, payload)
+        self.ready = True
+
+    def _receive_early(self) -> None:
+        buffer = bytearray(self.config.limits.max_message_bytes)
+        view = memoryview(buffer)
+        for feed in self._feeds:
+            for payload in feed.answers():
+                self._note_definition(payload)
+                self._early.append((self.now_ns(), payload))
+            for _ in range(self.config.limits.max_drain_messages):
+                length = feed.receive(view)
+                if length == NOTHING:
+                    break
+                if length == MALFORMED:
+                    continue
+                payload = bytes(view[:length])
+                self._note_definition(payload)
+                self._early.append((self.now_ns(), payload))
+        if len(self._early) > MAX_EARLY_MESSAGES:
+            # Older ones are of no use: what they say is in a snapshot, asked for by the gap.
+            del self._early[: len(self._early) - MAX_EARLY_MESSAGES]
+
+    def _note_definition(self, payload: bytes) -> None:
+        template = wire.template_id(payload)
+        if template == wire.REJECT and len(payload) >= 184:
+            venue, symbol, reason = (
+                payload[a:b].rstrip(b"\0").decode("ascii", "replace")
+                for a, b in ((8, 24), (24, 56), (56, 184))
+            )
+            self._rejections[venue, symbol] = reason
+        if template != wire.INSTRUMENT:
+            return
+        try:
+            block = wire.decode_block(payload, wire.INSTRUMENT_DTYPE)
+        except InputError:
+            return
+        name = (block["venue"].decode(), block["symbol"].decode())
+        if name in self.pipeline.names:
+            self._definitions[name] = tape.InstrumentMeta(
+                venue=name[0],
+                symbol=name[1],
+                source_id=int(block["source_id"]),
+                instrument_id=int(block["instrument_id"]),
+                tick=wire.decimal_text(block["tick_mantissa"], block["tick_exponent"]),
+                lot=wire.decimal_text(block["lot_mantissa"], block["lot_exponent"]),
+            )
+
+    def _warm_up(self) -> None:
+        """Run every native function of the hot path once, on a pipeline of its own.
+
+        Loading a compiled function and filling its dispatcher takes milliseconds the first time.
+        """
+        pipeline = Pipeline(self.config, self.bundle, self._backend)
+        scratch = ScratchTape(WARM_UP_BYTES)
+        venue, symbol = pipeline.names[0]
+        one = Decimal(1)
+        for message in (
+            wire.encode_instrument(0, 0, 1, 0, venue, symbol, one, one),
+            wire.encode_book(wire.SNAPSHOT, 0, 0, 1, 1, 0, 0, [(1, 1)], [(2, 1)]),
+            wire.encode_book(wire.DELTA, 0, 0, 1, 2, 0, 0, [(1, 2)], []),
+            wire.encode_trade(0, 0, 1, 3, 0, 0, 2, 1, 1, wire.AGGRESSOR_BUY),
+        ):
+            at = scratch.append(tape.MARKET, 0, message)
+            pipeline.advance(scratch.arena, at, scratch.position)
+            if pipeline.fired:
+                pipeline.answer(self.now_ns)
+        latency.record(self.latency, 0)
+        latency.clear(self.latency)
+
+    # The hot path.
+
+    def _drain(self, feed: FeedConnection) -> bool:
+        """Take what waits at a feed, within the budget; True where more may be waiting."""
+        recorder = self._recorder
+        assert recorder is not None
+        limits = self.config.limits
+        deadline = time.monotonic_ns() + limits.max_drain_ns
+        max_bytes = limits.max_message_bytes
+        for _ in range(limits.max_drain_messages):
+            arena, at = recorder.room(self._room)
+            if arena is not self._arena:
+                self._arena, self._view = arena, memoryview(arena)
+            body = at + tape.RECORD_HEADER_BYTES
+            length = feed.receive(self._view[body : body + max_bytes])
+            if length == NOTHING:
+                return False
+            if length == MALFORMED:
+                continue
+            recv_ns = time.monotonic_ns() + self._offset_ns
+            end = tape.put_record(arena, at, tape.MARKET, recv_ns, length)
+            recorder.advance(end)
+            self._step(arena, at, end, recv_ns)
+            if recv_ns - self._offset_ns > deadline:
+                return True
+        return True
+
+    def _step(self, arena: Any, at: int, end: int, recv_ns: int) -> None:
+        """Advance over one record and send every signal that it makes due."""
+        pipeline = self.pipeline
+        while at < end:
+            at = pipeline.advance(arena, at, end)
+            if not pipeline.fired:
+                return
+            message = pipeline.answer(self.now_ns)
+            slot = pipeline.slot
+            self.publisher.publish(self._topics[slot], message)
+            sent_ns = self.now_ns()
+            assert self._recorder is not None
+            self._recorder.append(tape.SIGNAL, sent_ns, message)
+            latency.record(self.latency, sent_ns - recv_ns)
+            book_state = message[AT_BOOK_STATE]
+            if book_state != SYNCED:
+                self._report(slot, book_state)
+
+    def _take(self, kind: int, recv_ns: int, payload: bytes) -> None:
+        """Record one event that did not come through `_drain`, and advance over it."""
+        recorder = self._recorder
+        assert recorder is not None
+        recorder.room(self._room)
+        recorder.append(kind, recv_ns, payload)
+        length = tape.RECORD_HEADER_BYTES + tape.padded(len(payload))
+        arena, end = recorder.room(0)
+        self._step(arena, end - length, end, recv_ns)
+
+    # Beside it.
+
+    def _report(self, slot: int, book_state: int) -> None:
+        severity = state.INFO if book_state == 0 else state.WARNING
+        self._alert(slot, severity, f"book {BOOK_STATES[book_state]}")
+        self._request_snapshots()
+
+    def _alert(self, slot: int, severity: int, text: str) -> None:
+        self._alert_seq += 1
+        venue, symbol = self.pipeline.names[slot]
+        self.publisher.publish(
+            self._alert_topics[slot],
+            state.encode_alert(
+                self.epoch, self._alert_seq, self.now_ns(), venue, symbol, severity, text
+            ),
+        )
+
+    def _request_snapshots(self) -> None:
+        now = self.now_ns()
+        for slot in self.pipeline.wanted_snapshots():
+            if now - self._requested_ns[slot] > self.config.limits.snapshot_timeout_ns:
+                self._requested_ns[slot] = now
+                for feed in self._feeds:
+                    feed.request_snapshot(*self.pipeline.names[slot])
+
+    def _take_answers(self) -> None:
+        for feed in self._feeds:
+            for payload in feed.answers():
+                if wire.template_id(payload) == wire.REJECT:
+                    self._note_definition(payload)
+                    continue
+                self._take(tape.MARKET, self.now_ns(), payload)
+
+    def _tick(self) -> None:
+        """Timer: one event on the tape, snapshots asked for again, state published."""
+        now = self.now_ns()
+        self._take(tape.TIMER, now, wire.encode_timer(now))
+        self._request_snapshots()
+        if now >= self._next_state_ns:
+            self._next_state_ns = now + STATE_EVERY_NS
+            self.publisher.publish(state.STATE_TOPIC, state.encode_state(self.state_values()))
+            rejected = self.pipeline.counters["rejected"]
+            if rejected > self._rejected_told:
+                self._rejected_told = rejected
+                self._notice(f"{rejected} malformed messages, last: {self.pipeline.last_error()}")
+            gc.collect(1)
+            self._collections += 1
+
+    def state_values(self) -> dict[str, int]:
+        """The fields of EngineState as they are now."""
+        counters = self.pipeline.counters
+        self._state_seq += 1
+        return {
+            "engine_epoch": self.epoch,
+            "seq": self._state_seq,
+            "now_ns": self.now_ns(),
+            "messages": counters["messages"],
+            "signals": counters["signals"],
+            "tradable": counters["tradable"],
+            "lost": counters["lost"],
+            "duplicates": counters["duplicates"],
+            "gaps": counters["gaps"],
+            "rejected": counters["rejected"] + sum(feed.malformed for feed in self._feeds),
+            "instruments": len(self.pipeline.names),
+            "synced": self.pipeline.synced(),
+            "latency_p50_ns": latency.quantile(self.latency, 0.50),
+            "latency_p99_ns": latency.quantile(self.latency, 0.99),
+            "code_hash": code_hash(),
+            "model_hash": self.bundle.model_hash,
+            "config_hash": config_hash(self.config),
+            "feature_hash": SCHEMA_HASH,
+        }
+
+    async def run(self, seconds: float = 0.0) -> Totals:
+        """Take events until `stop`, a signal, or ``seconds`` have passed (0: no limit)."""
+        loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        for number in (os_signal.SIGINT, os_signal.SIGTERM):
+            loop.add_signal_handler(number, stopped.set)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+
+        def on_feed(feed: FeedConnection) -> None:
+            if self._drain(feed):
+                loop.call_soon(on_feed, feed)
+
+        def on_slow_poll() -> None:
+            # The FDs are edge-triggered: a missed edge costs at most this long.
+            for feed in self._feeds:
+                on_feed(feed)
+            self._take_answers()
+            self.publisher.serve_joins()
+            if self._stop:
+                stopped.set()
+            else:
+                timers[0] = loop.call_later(SLOW_POLL_S, on_slow_poll)
+
+        def on_timer() -> None:
+            self._tick()
+            timers[1] = loop.call_later(self.config.limits.timer_ns / 1e9, on_timer)
+
+        timers = [loop.call_soon(on_slow_poll), loop.call_soon(on_timer)]
+        for feed in self._feeds:
+            loop.add_reader(feed.sub.getsockopt(zmq.FD), on_feed, feed)
+            if feed.dealer is not None:
+                loop.add_reader(feed.dealer.getsockopt(zmq.FD), self._take_answers)
+        loop.add_reader(self.publisher.fd, self.publisher.serve_joins)
+        try:
+            if self.config.loop.busy_poll:
+                deadline = self.now_ns() + int(seconds * 1e9)
+                while not stopped.is_set() and (seconds <= 0 or self.now_ns() < deadline):
+                    for feed in self._feeds:
+                        self._drain(feed)
+                    await asyncio.sleep(0)
+            elif seconds > 0:
+                async with asyncio.timeout(seconds):
+                    await stopped.wait()
+            else:
+                await stopped.wait()
+        except TimeoutError:
+            pass
+        finally:
+            for timer in timers:
+                timer.cancel()
+            for feed in self._feeds:
+                loop.remove_reader(feed.sub.getsockopt(zmq.FD))
+                if feed.dealer is not None:
+                    loop.remove_reader(feed.dealer.getsockopt(zmq.FD))
+            loop.remove_reader(self.publisher.fd)
+            gc.enable()
+            gc.unfreeze()
+        self.publisher.publish(state.STATE_TOPIC, state.encode_state(self.state_values()))
+        return self.totals()
+
+    def totals(self) -> Totals:
+        """What the session did so far."""
+        values = self.state_values()
+        path = getattr(self._recorder, "path", "")
+        return Totals(
+            seconds=(self.now_ns() - self._started_ns) / 1e9,
+            messages=values["messages"],
+            signals=values["signals"],
+            tradable=values["tradable"],
+            lost=values["lost"],
+            gaps=values["gaps"],
+            duplicates=values["duplicates"],
+            rejected=values["rejected"],
+            instruments=values["instruments"],
+            synced=values["synced"],
+            subscriber_drops=self.publisher.drops,
+            latency_p50_us=values["latency_p50_ns"] / 1e3,
+            latency_p99_us=values["latency_p99_ns"] / 1e3,
+            latency_max_us=latency.quantile(self.latency, 1.0) / 1e3,
+            collections=self._collections,
+            tape=str(path),
+            tape_records=0 if self._recorder is None else self._recorder.records,
+            engine_epoch=self.epoch,
+            model_hash=f"{values['model_hash']:016x}",
+            config_hash=f"{values['config_hash']:016x}",
+            code_hash=f"{values['code_hash']:016x}",
+        )
+
+    def close(self) -> None:
+        """Close the tape and every socket. Closing twice is fine."""
+        if self._recorder is not None:
+            self._view, self._arena = memoryview(b""), None
+            self._recorder.close()
+            self._recorder = None
+        for feed in self._feeds:
+            feed.close()
+        self._feeds = []
+        if hasattr(self, "publisher"):
+            self.publisher.close()
+        self._backend.close()
+        self._context.term()
+
+
+def run_daemon(
+    config: Config, notice: Notice, *, seconds: float = 0.0, on_ready: Callable[[Daemon], None]
+) -> Totals:
+    """Run a daemon to its end: connect, take events, close; what was recorded is kept.
+
+    Returns
+    -------
+    Totals
+    """
+    daemon = Daemon(config, notice)
+    try:
+        daemon.connect()
+        on_ready(daemon)
+        if config.loop.uvloop:
+            import uvloop
+
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(daemon.run(seconds))
+        return asyncio.run(daemon.run(seconds))
+    except KeyboardInterrupt:
+        return daemon.totals()
+    finally:
+        daemon.close()

@@ -1,0 +1,86 @@
+"""Where the daemon's events go before the engine advances over them.
+
+With a tape that is the tape itself; without one it is `ScratchTape`, a ring in memory with the
+same interface, so that both run the same code.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from feeds.tape import MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, TapeMeta, TapeWriter, put_record
+
+SCRATCH_BYTES: Final = 1 << 25
+
+
+class Recorder(Protocol):
+    """What `TapeWriter` and `ScratchTape` have in common."""
+
+    records: int
+
+    def room(self, need: int) -> tuple[np.ndarray, int]:
+        """Array and position with room for ``need`` bytes."""
+        ...
+
+    def advance(self, position: int, records: int = 1) -> None:
+        """Take over records written in place."""
+        ...
+
+    def append(self, kind: int, recv_ns: int, payload: bytes | memoryview) -> int:
+        """Append one record."""
+        ...
+
+    def close(self) -> None:
+        """Finish; nothing may be appended afterwards."""
+        ...
+
+
+class ScratchTape:
+    """A tape that forgets: the same records in a ring of memory.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of the ring; at least the largest request for room.
+    """
+
+    def __init__(self, size: int = SCRATCH_BYTES) -> None:
+        self.arena = np.zeros(size, dtype=np.uint8)
+        self.position = 0
+        self.records = 0
+
+    def room(self, need: int) -> tuple[np.ndarray, int]:
+        """The ring and where to write; starts over where the rest is too short."""
+        assert need <= len(self.arena), "more room than the ring has"
+        if self.position + need > len(self.arena):
+            self.position = 0
+        return self.arena, self.position
+
+    def advance(self, position: int, records: int = 1) -> None:
+        """Take over records written in place."""
+        self.position = position
+        self.records += records
+
+    def append(self, kind: int, recv_ns: int, payload: bytes | memoryview) -> int:
+        """Append one record; returns its offset in the ring."""
+        length = len(payload)
+        assert length <= MAX_PAYLOAD_BYTES
+        arena, at = self.room(RECORD_HEADER_BYTES + length + 8)
+        body = at + RECORD_HEADER_BYTES
+        arena[body : body + length] = np.frombuffer(payload, dtype=np.uint8)
+        self.advance(put_record(arena, at, kind, recv_ns, length))
+        return at
+
+    def close(self) -> None:
+        """Nothing to finish."""
+
+
+def open_recorder(path: str, meta: TapeMeta) -> Recorder:
+    """A tape at ``path`` (strftime patterns are filled in with UTC), or a scratch one for ""."""
+    if not path:
+        return ScratchTape()
+    return TapeWriter(Path(time.strftime(path, time.gmtime())), meta)
