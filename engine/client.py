@@ -1,0 +1,301 @@
+"""The client library: signals as objects, with what was lost on the way.
+
+`SignalClient` subscribes to a daemon's endpoint and is a plain and an asynchronous iterator. On
+joining it gets the last value of each topic at once. Every signal says how many of its instrument
+this client lost before it, and the client never hands out the same signal twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from engine.endpoint import check_endpoint
+from engine.messages import Alert, EngineState, Message, Signal, decode
+from feeds.errors import InputError
+
+DEFAULT_RECEIVE_HWM: Final = 100_000
+MAX_MESSAGE_BYTES: Final = 1 << 20
+MAX_TRACKED: Final = 65_536  # instruments whose sequence is followed
+MAX_EPOCHS: Final = 4  # engine epochs followed for each instrument
+CONFLICT_MEMORY: Final = 256  # signals after which an engine that fell silent is forgotten
+YIELD_EVERY: Final = 64  # messages an async iteration hands out before other tasks may run
+SAFETY_POLL_S: Final = 0.25  # the socket's descriptor is edge-triggered
+HEARTBEAT_MS: Final = 2_000
+HEARTBEAT_TIMEOUT_MS: Final = 6_000
+
+
+class _Sequence:
+    """What was seen of one topic: the engine epoch in force, and the last seq of each epoch."""
+
+    __slots__ = ("conflict_left", "epoch", "last", "lost")
+
+    def __init__(self) -> None:
+        self.epoch = -1
+        self.last: dict[int, int] = {}
+        self.conflict_left = 0
+        self.lost = 0
+
+
+class SignalClient:
+    """Subscribes to an engine; iterate over it, plainly or with ``async for``.
+
+    Not for use from several threads. Malformed messages are counted and skipped, they never end
+    an iteration; `close` does.
+
+    Parameters
+    ----------
+    endpoint : str
+        Where the engine publishes, for example ``tcp://127.0.0.1:5557``.
+    topics : sequence of str
+        Topic prefixes: ``signal.`` for every signal, ``signal.sim.ALPHA`` for one instrument,
+        ``state.`` for `EngineState`, ``alert.`` for `Alert`.
+    receive_hwm : int
+        Messages queued here before ZeroMQ drops; what it drops is counted in `lost`.
+    context : zmq.Context, optional
+        Context to use; one of its own by default.
+
+    Attributes
+    ----------
+    received : int
+        Messages handed out.
+    lost : int
+        Signals that were published while this client was subscribed and never arrived, by
+        ``signal_seq``. After a restart of the engine this includes the signals of the new run
+        that were published before the client was connected again.
+    duplicates : int
+        Messages dropped because they were here before (last values sent again).
+    malformed : int
+        Messages that could not be decoded.
+    restarts : int
+        How often an instrument went over to a newer engine epoch.
+    conflicts : int
+        How often an instrument went back to an engine epoch it had left: two engines publish the
+        same instrument. Signals are marked with ``conflict`` while this lasts.
+    untracked : int
+        Messages beyond `MAX_TRACKED` instruments, handed out without loss detection.
+
+    Raises
+    ------
+    InputError
+        If the endpoint is none that ZeroMQ can connect to.
+
+    Examples
+    --------
+    >>> with SignalClient("tcp://127.0.0.1:5557") as client:  # doctest: +SKIP
+    ...     for signal in client:
+    ...         if signal.tradable and not signal.lost_before:
+    ...             print(signal.symbol, signal.predicted_class, signal.outputs)
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        topics: Sequence[str] = ("signal.",),
+        *,
+        receive_hwm: int = DEFAULT_RECEIVE_HWM,
+        context: zmq.Context[Any] | None = None,
+    ) -> None:
+        check_endpoint(endpoint, key="endpoint", where="client")
+        assert not isinstance(topics, str), "topics is a sequence of prefixes"
+        if not topics:
+            raise InputError("no topic to subscribe to", where=endpoint, expected='"signal."')
+        self.endpoint, self.topics = endpoint, tuple(topics)
+        self.received = self.lost = self.duplicates = self.malformed = 0
+        self.restarts = self.conflicts = self.untracked = 0
+        self._sequences: dict[tuple[str, str, str], _Sequence] = {}
+        self._connected = False
+        self._own_context = context is None
+        self._context = zmq.Context() if context is None else context
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVHWM, receive_hwm)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        # A peer that died without closing its connection is noticed and connected to again.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        for topic in self.topics:
+            self._socket.setsockopt_string(zmq.SUBSCRIBE, topic)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise InputError(
+                "cannot connect", where=endpoint, found=str(error), fix="check the endpoint"
+            ) from None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return bool(self._socket.closed)
+
+    @property
+    def connected(self) -> bool:
+        """Whether a publisher is at the other end now (``tcp`` and ``ipc``)."""
+        while not self.closed and self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return self._connected and not self.closed
+
+    def losses(self) -> dict[tuple[str, str], int]:
+        """Signals lost of each (venue, symbol) seen so far."""
+        return {
+            (venue, symbol): sequence.lost
+            for (kind, venue, symbol), sequence in self._sequences.items()
+            if kind == Signal.kind
+        }
+
+    def receive(self, timeout_s: float | None = None) -> Message | None:
+        """The next message, or None after ``timeout_s`` seconds; None waits for ever."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.closed:
+            message = self.receive_now()
+            if message is not None:
+                return message
+            if deadline is None:
+                self._socket.poll()
+                continue
+            left_ms = int((deadline - time.monotonic()) * 1_000)
+            if left_ms <= 0 and not self._socket.poll(0):
+                return None
+            self._socket.poll(max(left_ms, 0))
+        return None
+
+    def receive_now(self) -> Message | None:
+        """The next message that is here already, or None."""
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            message = decode(frames[1]) if len(frames) == 2 else None
+            if message is None:
+                self.malformed += 1
+                continue
+            message = self._follow(message)
+            if message is not None:
+                self.received += 1
+                return message
+            self.duplicates += 1
+
+    def _follow(self, message: Message) -> Message | None:
+        """Hold a message against what came before; None for one that was here before."""
+        if isinstance(message, Signal):
+            key, seq = (message.kind, message.venue, message.symbol), message.signal_seq
+        elif isinstance(message, Alert):
+            key, seq = (message.kind, message.venue, message.symbol), message.seq
+        else:
+            key, seq = (message.kind, "", ""), message.seq
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            if len(self._sequences) >= MAX_TRACKED:
+                self.untracked += 1
+                return message
+            sequence = self._sequences[key] = _Sequence()
+        epoch = message.engine_epoch
+        last = sequence.last.get(epoch)
+        if last is not None and seq <= last:
+            return None
+        lost = 0 if last is None else seq - last - 1
+        restarted = False
+        if epoch != sequence.epoch:
+            if sequence.epoch < 0:
+                lost = 0
+            elif last is None and epoch > max(sequence.last):
+                restarted = True
+                lost = seq - 1
+                self.restarts += 1
+            else:
+                self.conflicts += 1
+                sequence.conflict_left = CONFLICT_MEMORY
+            sequence.epoch = epoch
+        sequence.last[epoch] = seq
+        if len(sequence.last) > MAX_EPOCHS:
+            del sequence.last[min(key for key in sequence.last if key != epoch)]
+        conflict = sequence.conflict_left > 0
+        sequence.conflict_left -= conflict
+        if isinstance(message, Signal):
+            sequence.lost += lost
+            self.lost += lost
+            message.lost_before, message.restarted, message.conflict = lost, restarted, conflict
+        return message
+
+    def __iter__(self) -> Iterator[Message]:
+        return self
+
+    def __next__(self) -> Message:
+        message = self.receive()
+        if message is None:
+            raise StopIteration
+        return message
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        return self
+
+    async def __anext__(self) -> Message:
+        message = await self.receive_async()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+    async def receive_async(self, timeout_s: float | None = None) -> Message | None:
+        """As `receive`, on the running event loop; being cancelled loses no message."""
+        if self.received % YIELD_EVERY == YIELD_EVERY - 1:
+            await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        while not self.closed:
+            message = self.receive_now()
+            if message is not None:
+                return message
+            wait_s = SAFETY_POLL_S
+            if deadline is not None:
+                wait_s = min(wait_s, deadline - loop.time())
+                if wait_s <= 0:
+                    return None
+            await self._readable(loop, wait_s)
+        return None
+
+    async def _readable(self, loop: asyncio.AbstractEventLoop, wait_s: float) -> None:
+        ready = asyncio.Event()
+        fd = int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(fd, ready.set)
+        try:
+            await asyncio.wait_for(ready.wait(), wait_s)
+        except TimeoutError:
+            pass
+        finally:
+            loop.remove_reader(fd)
+
+    def close(self) -> None:
+        """Leave, and end iterations. Closing twice is fine."""
+        if self._socket.closed:
+            return
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close()
+        if self._own_context:
+            self._context.term()
+
+    def __enter__(self) -> SignalClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+__all__ = ["Alert", "EngineState", "Signal", "SignalClient"]

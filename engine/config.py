@@ -1,0 +1,396 @@
+"""The daemon's configuration: TOML in, frozen structs out, nothing silently ignored.
+
+An unknown key is refused with the nearest known one, a wrong type or a value out of range with
+its key, and only `semantic` — what can change a signal — goes into the hash that signals carry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.endpoint import check_endpoint
+from engine.hashes import json_hash
+from feeds.errors import InputError
+
+MAX_DURATION_NS: Final = 86_400_000_000_000  # one day
+MAX_BYTES: Final = 1 << 30
+MAX_COUNT: Final = 2_147_483_647  # what ZeroMQ takes for a high-water mark
+MAX_THREADS: Final = 256
+MIN_LEVELS: Final = 16
+MAX_LEVELS: Final = 65_534  # what a group of an SBE message can hold
+MIN_TIMER_NS: Final = 1_000_000
+MAX_INSTRUMENTS: Final = 4_096
+MAX_FEEDS: Final = 64
+MAX_CONFIG_BYTES: Final = 1 << 20
+
+Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Bytes = Annotated[int, Meta(ge=1, le=MAX_BYTES)]
+Duration = Annotated[int, Meta(ge=1, le=MAX_DURATION_NS)]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class FeedConfig(_Section, frozen=True):
+    """One publisher of market data. An empty ``snapshot_endpoint`` means it serves none."""
+
+    endpoint: str
+    snapshot_endpoint: str = ""
+
+
+class InstrumentConfig(_Section, frozen=True):
+    """One instrument to follow, by the names its feed uses."""
+
+    venue: str
+    symbol: str
+
+
+class ModelConfig(_Section, frozen=True):
+    """The model bundle and what runs it."""
+
+    bundle: str = ""
+    backend: str = "onnx"
+    device: str = "cpu"
+    threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = 1
+    precision: Literal["int8", "fp32"] = "int8"
+
+
+class TriggerConfig(_Section, frozen=True):
+    """When a signal is computed: each change of the top of book, every N events, every T ns."""
+
+    kind: Literal["top-of-book", "events", "time"] = "top-of-book"
+    every_events: Count = 1
+    every_ns: Duration = 100_000_000
+
+
+class BookConfig(_Section, frozen=True):
+    """How many price levels a side of a book can hold."""
+
+    max_levels: Annotated[int, Meta(ge=MIN_LEVELS, le=MAX_LEVELS)] = 16_384
+
+
+class TrustConfig(_Section, frozen=True):
+    """When a book is too old to be believed."""
+
+    stale_after_ns: Duration = 5_000_000_000
+
+
+class PublishConfig(_Section, frozen=True):
+    """Where signals are published."""
+
+    endpoint: str = ""
+
+
+class TapeConfig(_Section, frozen=True):
+    """Where the session is recorded; an empty ``path`` records nothing."""
+
+    path: str = ""
+    seal: bool = False
+
+
+class LimitsConfig(_Section, frozen=True):
+    """Every bound of the daemon, with its unit."""
+
+    max_pending_bytes: Bytes = 4_194_304
+    max_drain_messages: Count = 256
+    max_drain_ns: Duration = 2_000_000
+    max_message_bytes: Bytes = 4_194_304
+    timer_ns: Annotated[int, Meta(ge=MIN_TIMER_NS, le=MAX_DURATION_NS)] = 100_000_000
+    snapshot_timeout_ns: Duration = 2_000_000_000
+    receive_hwm: Count = 100_000
+    send_hwm: Count = 100_000
+
+
+class LoopConfig(_Section, frozen=True):
+    """How the event loop waits."""
+
+    busy_poll: bool = False
+    uvloop: bool = True
+
+
+class Config(_Section, frozen=True):
+    """Everything the daemon is told. Relative paths are relative to the config file."""
+
+    feeds: tuple[FeedConfig, ...] = msgspec.field(default=(), name="feed")
+    instruments: tuple[InstrumentConfig, ...] = msgspec.field(default=(), name="instrument")
+    model: ModelConfig = ModelConfig()
+    trigger: TriggerConfig = TriggerConfig()
+    book: BookConfig = BookConfig()
+    trust: TrustConfig = TrustConfig()
+    publish: PublishConfig = PublishConfig()
+    tape: TapeConfig = TapeConfig()
+    limits: LimitsConfig = LimitsConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+def load_config(path: str | os.PathLike[str], *, live: bool = False) -> Config:
+    """Read and check a config file.
+
+    Parameters
+    ----------
+    path : path-like
+        A TOML file.
+    live : bool
+        Also ask for what only the daemon needs: a feed, a model bundle and an endpoint to
+        publish on.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is no TOML, or says something that is not understood.
+    """
+    file = Path(path)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(
+            "config cannot be read", where=str(file), found=error.strerror or str(error)
+        ) from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise InputError(
+            "config too large",
+            where=str(file),
+            expected=f"at most {MAX_CONFIG_BYTES} bytes",
+            found=str(len(data)),
+        )
+    try:
+        raw = tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError("config is no TOML", where=str(file), found=str(error)) from None
+    config = parse_config(raw, where=str(file), folder=file.resolve().parent)
+    if live:
+        require_live(config, where=str(file))
+    return config
+
+
+def parse_config(raw: dict[str, Any], *, where: str, folder: Path | None = None) -> Config:
+    """Check what a TOML document holds; ``where`` names it in errors.
+
+    Relative ``model.bundle`` and ``tape.path`` are resolved against ``folder`` where one is given.
+    """
+    config: Config = _convert(raw, Config, where)
+    _check_config(config, where)
+    if folder is None:
+        return config
+    return msgspec.structs.replace(
+        config,
+        model=msgspec.structs.replace(config.model, bundle=_resolve(folder, config.model.bundle)),
+        tape=msgspec.structs.replace(config.tape, path=_resolve(folder, config.tape.path)),
+    )
+
+
+def require_live(config: Config, *, where: str) -> None:
+    """Refuse a config that a daemon could not run."""
+    for key, value, example in (
+        ("feed", config.feeds, '[[feed]] with endpoint = "tcp://127.0.0.1:5555"'),
+        ("model.bundle", config.model.bundle, "the folder of a model bundle"),
+        ("publish.endpoint", config.publish.endpoint, '"tcp://127.0.0.1:5557"'),
+    ):
+        if not value:
+            raise InputError(
+                f"'{key}' is needed to run", where=where, expected=example, found="nothing"
+            )
+
+
+def default_config(instruments: Iterable[tuple[str, str]]) -> Config:
+    """The config a replay uses when it is given none, for (venue, symbol) pairs."""
+    config = Config(instruments=tuple(InstrumentConfig(v, s) for v, s in sorted(instruments)))
+    _check_config(config, "default config")
+    return config
+
+
+def semantic(config: Config) -> dict[str, Any]:
+    """Only what can change a signal, as plain JSON values in a fixed order.
+
+    Endpoints, paths, backend, device, threads, the loop and the tape are not in it: the promise is
+    that they change no bit. Of the trigger only the number that its kind reads is.
+    """
+    trigger: dict[str, Any] = {"kind": config.trigger.kind}
+    if config.trigger.kind == "events":
+        trigger["every_events"] = config.trigger.every_events
+    if config.trigger.kind == "time":
+        trigger["every_ns"] = config.trigger.every_ns
+    names = sorted((item.venue, item.symbol) for item in config.instruments)
+    return {
+        "instrument": [{"venue": venue, "symbol": symbol} for venue, symbol in names],
+        "trigger": trigger,
+        "book": {"max_levels": config.book.max_levels},
+        "trust": {"stale_after_ns": config.trust.stale_after_ns},
+        "limits": {"max_pending_bytes": config.limits.max_pending_bytes},
+        "model": {"precision": config.model.precision},
+    }
+
+
+def from_semantic(recorded: dict[str, Any], *, where: str = "recorded config") -> Config:
+    """Rebuild the config that a tape's header recorded with `semantic`.
+
+    ``semantic(from_semantic(s)) == s`` for every ``s`` that `semantic` made.
+    """
+    return parse_config(recorded, where=where)
+
+
+def config_hash(config: Config) -> int:
+    """u64 of the SHA-256 of the canonical JSON of `semantic`; independent of instrument order."""
+    return json_hash(semantic(config))
+
+
+# Checks, each naming the key.
+
+_AT: Final = re.compile(r"^(?P<what>.*?) - at `\$(?P<path>.*)`$")
+_MISSING: Final = re.compile(r"^Object missing required field `(?P<key>.*)`$")
+_EXPECTED: Final = re.compile(r"^Expected `(?P<what>.*?)`(?P<range> [<>]=? .*)?(?:, got `.*`)?$")
+_PATH_STEP: Final = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+)\]")
+_TOML_NAMES: Final = {"object": "a table", "array": "an array of tables", "str": "a string"}
+
+
+def _convert(raw: dict[str, Any], kind: Any, where: str) -> Any:
+    _refuse_unknown(raw, kind, "", where)
+    try:
+        return msgspec.convert(raw, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), raw, kind, where) from None
+
+
+def _refuse_unknown(value: Any, kind: Any, path: str, where: str) -> None:
+    if get_origin(kind) is tuple and isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_unknown(item, get_args(kind)[0], f"{path}[{index}]", where)
+        return
+    if not (isinstance(kind, type) and issubclass(kind, Struct) and isinstance(value, dict)):
+        return
+    hints = get_type_hints(kind)
+    fields = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(kind)}
+    for key, item in value.items():
+        full = f"{path}.{key}" if path else key
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"unknown key '{full}'",
+                where=where,
+                expected=f"one of {', '.join(fields)}",
+                found=repr(key),
+                fix=f"did you mean '{f'{path}.{near}' if path else near}'?",
+            )
+        _refuse_unknown(item, fields[key], full, where)
+
+
+def _explain(message: str, raw: Any, kind: Any, where: str) -> InputError:
+    """The validator's message as one that names key, expected and found."""
+    at = _AT.match(message)
+    what, path = (at["what"], at["path"].lstrip(".")) if at else (message, "")
+    missing = _MISSING.match(what)
+    if missing:
+        full = f"{path}.{missing['key']}" if path else missing["key"]
+        return InputError(f"'{full}' is missing", where=where, expected=f"{missing['key']} = ...")
+    value, options = _look_up(raw, kind, at["path"] if at else "")
+    expected = what[:1].lower() + what[1:]
+    match = _EXPECTED.match(what)
+    if options:
+        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.0)[0]
+        return InputError(
+            f"'{path}' has a value that is not known",
+            where=where,
+            expected=" or ".join(f'"{option}"' for option in options),
+            found=repr(value),
+            fix=f'did you mean "{near}"?',
+        )
+    if match:
+        expected = _TOML_NAMES.get(match["what"], match["what"]) + (match["range"] or "")
+    wrong = "is out of range" if match and match["range"] else "has the wrong type"
+    found = repr(value) if not isinstance(value, dict | list) else type(value).__name__
+    return InputError(f"'{path}' {wrong}", where=where, expected=expected, found=found)
+
+
+def _look_up(raw: Any, kind: Any, path: str) -> tuple[Any, tuple[str, ...]]:
+    """Value at a validator's path, and the strings allowed there if only some are."""
+    value = raw
+    for step in _PATH_STEP.finditer(path):
+        if step["index"] is not None:
+            value, kind = value[int(step["index"])], get_args(kind)[0]
+            continue
+        value = value[step["key"]]
+        names = {field.encode_name: field.name for field in msgspec.structs.fields(kind)}
+        kind = get_type_hints(kind)[names[step["key"]]]
+    return value, get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _check_config(config: Config, where: str) -> None:
+    bound: dict[str, str] = {}
+    for index, feed in enumerate(config.feeds):
+        check_endpoint(feed.endpoint, key=f"feed[{index}].endpoint", where=where)
+        _once(bound, feed.endpoint, f"feed[{index}].endpoint", where)
+        if feed.snapshot_endpoint:
+            key = f"feed[{index}].snapshot_endpoint"
+            check_endpoint(feed.snapshot_endpoint, key=key, where=where)
+            _once(bound, feed.snapshot_endpoint, key, where)
+    if config.publish.endpoint:
+        check_endpoint(config.publish.endpoint, key="publish.endpoint", where=where, binds=True)
+        _once(bound, config.publish.endpoint, "publish.endpoint", where)
+    _at_most(len(config.feeds), MAX_FEEDS, "feed", where)
+    _at_most(len(config.instruments), MAX_INSTRUMENTS, "instrument", where)
+    if not config.instruments:
+        raise InputError(
+            "no instrument to follow",
+            where=where,
+            expected="at least one [[instrument]] with venue and symbol",
+            found="none",
+        )
+    seen: dict[tuple[str, str], int] = {}
+    for index, item in enumerate(config.instruments):
+        _check_name(item.venue, 16, f"instrument[{index}].venue", where, dots=False)
+        _check_name(item.symbol, 32, f"instrument[{index}].symbol", where, dots=True)
+        first = seen.setdefault((item.venue, item.symbol), index)
+        if first != index:
+            raise InputError(
+                f"'instrument[{index}]' is named twice",
+                where=where,
+                found=f"{item.venue} {item.symbol}, also instrument[{first}]",
+                fix="remove one",
+            )
+    for key, text in (("backend", config.model.backend), ("device", config.model.device)):
+        if not text:
+            raise InputError(f"'model.{key}' is empty", where=where, expected="a name")
+
+
+def _once(bound: dict[str, str], endpoint: str, key: str, where: str) -> None:
+    first = bound.setdefault(endpoint, key)
+    if first != key:
+        raise InputError(
+            f"'{key}' is the endpoint of '{first}' too",
+            where=where,
+            expected="an endpoint of its own for each",
+            found=endpoint,
+        )
+
+
+def _at_most(count: int, limit: int, key: str, where: str) -> None:
+    if count > limit:
+        raise InputError(
+            f"too many [[{key}]]", where=where, expected=f"at most {limit}", found=str(count)
+        )
+
+
+def _check_name(text: str, length: int, key: str, where: str, *, dots: bool) -> None:
+    good = 0 < len(text) <= length and all("!" <= char <= "~" for char in text)
+    if not good or (not dots and "." in text):
+        raise InputError(
+            f"'{key}' is no name that fits the wire",
+            where=where,
+            expected=f"1 to {length} printable ASCII characters without spaces"
+            + ("" if dots else " or dots"),
+            found=repr(text),
+        )
+
+
+def _resolve(folder: Path, path: str) -> str:
+    return os.path.normpath(folder / path) if path else ""
