@@ -103,17 +103,17 @@ def _count_levels(buf, start):  # type: ignore[no-untyped-def]
 
 
 @njit(
-    "void(uint8[::1], int64, int64, int64[:,:,::1], int64[::1], int64[::1], int64[::1],"
-    " float64[::1], int64[::1], int64[::1])",
+    "void(uint8[::1], int64, int64, int64[:,::1], int64[:,:,::1], int64[:,:,::1], int64[::1],"
+    " int64[::1], int64[::1], float64[::1], int64[::1], int64[::1])",
     cache=True,
 )
-def _apply(buf, start, reset, levels, depth, flow, fi, ff, track, shared):  # type: ignore[no-untyped-def]
+def _apply(buf, start, reset, window, far, levels, depth, flow, fi, ff, track, shared):  # type: ignore[no-untyped-def]
     """Put one in-sequence message into book and features."""
     template = load_u16(buf, start + 2)
     t_ns = load_i64(buf, start + wire.AT_EXCHANGE_TIME)
     if template == wire.DELTA:
         shared[LEVELS] += _count_levels(buf, start)
-        shared[DROPPED_LEVELS] += apply_levels(levels, depth, flow, buf, start)
+        shared[DROPPED_LEVELS] += apply_levels(window, far, levels, depth, flow, buf, start)
         features.on_book(fi, ff, levels, depth, flow, t_ns)
     elif template == wire.TRADE:
         shared[TRADES] += 1
@@ -129,7 +129,7 @@ def _apply(buf, start, reset, levels, depth, flow, fi, ff, track, shared):  # ty
         )
     else:
         shared[LEVELS] += _count_levels(buf, start)
-        shared[DROPPED_LEVELS] += apply_snapshot(levels, depth, buf, start)
+        shared[DROPPED_LEVELS] += apply_snapshot(window, far, levels, depth, buf, start)
         if reset:
             features.reset(fi, ff)
             track[STREAM_RESET] = 1
@@ -245,38 +245,38 @@ def _state_facts(  # type: ignore[no-untyped-def]
 
 
 @njit(
-    "void(uint8[::1], int64, int64, int64, int64[::1], uint8[::1], int64[:,:,::1], int64[::1],"
-    " int64[::1], int64[::1], float64[::1], int64[::1], int64[::1])",
+    "void(uint8[::1], int64, int64, int64, int64[::1], uint8[::1], int64[:,::1], int64[:,:,::1],"
+    " int64[:,:,::1], int64[::1], int64[::1], int64[::1], float64[::1], int64[::1], int64[::1])",
     cache=True,
 )
 def _take(  # type: ignore[no-untyped-def]
-    buf, start, length, action, row, held, levels, depth, flow, fi, ff, track, shared
+    buf, start, length, action, row, held, window, far, levels, depth, flow, fi, ff, track, shared
 ):  # fmt: skip
     """Do what `sync.classify` said, and then what became possible by it."""
     if action == sync.HOLD:
         sync.hold(row, held, buf, start, length)
         return
     reset = 1 if action == sync.REPLACE_AND_RESET else 0
-    _apply(buf, start, reset, levels, depth, flow, fi, ff, track, shared)
+    _apply(buf, start, reset, window, far, levels, depth, flow, fi, ff, track, shared)
     if row[sync.HELD_BYTES] > 0 or row[sync.STATE] != sync.SYNCED:
         at = 0
         while True:
             at = sync.take_next(row, held, at)
             if at < 0:
                 break
-            _apply(held, at, 0, levels, depth, flow, fi, ff, track, shared)
+            _apply(held, at, 0, window, far, levels, depth, flow, fi, ff, track, shared)
         sync.settle(row, held)
 
 
 @njit(
     "int64(uint8[::1], int64, int64, uint8[:,::1], int64[:,::1], int64[:,::1], uint8[:,::1],"
-    " int64[:,:,:,::1], int64[:,::1], int64[::1], int64[:,::1], float64[:,::1], int64[:,::1],"
-    " int64[::1], int64[::1], int64[::1], float64[::1], float64[::1], float64[::1], float64,"
+    " int64[:,:,::1], int64[:,:,:,::1], int64[:,:,:,::1], int64[:,::1], int64[::1],"
+    " int64[:,::1], float64[:,::1], int64[:,::1], int64[::1], int64[::1], int64[::1], float64[::1], float64[::1], float64[::1], float64,"
     " float32[:,::1], uint8[::1])",
     cache=True,
 )
 def advance(  # type: ignore[no-untyped-def]
-    buf, at, stop, keys, ids, sync_rows, held, books, depths, flow, fis, ffs, tracks, shared,
+    buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs, tracks, shared,
     params, facts, vector, mean, inv_scale, clip, x, x_bytes,
 ):  # fmt: skip
     """Consume whole tape records of ``buf[at:stop]`` until one makes a signal due.
@@ -291,7 +291,7 @@ def advance(  # type: ignore[no-untyped-def]
         source_id and instrument_id of each slot, -1 until its Instrument message came.
     sync_rows, held : ndarray
         `feeds.sync` rows and held messages of each slot.
-    books, depths, flow : ndarray
+    windows, fars, tops, depths, flow : ndarray
         `engine.book` state; ``flow`` is scratch.
     fis, ffs : ndarray
         `engine.features` state of each slot.
@@ -328,11 +328,11 @@ def advance(  # type: ignore[no-untyped-def]
                 if track[STALE] == 0 and track[LAST_RECEIVED] > 0:
                     if now - track[LAST_RECEIVED] > params[STALE_AFTER_NS]:
                         track[STALE] = 1
-                        state = _book_state(sync_rows[slot], track, books[slot], depths[slot])
+                        state = _book_state(sync_rows[slot], track, tops[slot], depths[slot])
                         if state != track[TRUST] and params[COMPUTE_ALWAYS] == 0:
                             shared[TIMER_SLOT] = slot + 1
                             _state_facts(
-                                slot, state, now, sync_rows[slot], track, books[slot], depths[slot],
+                                slot, state, now, sync_rows[slot], track, tops[slot], depths[slot],
                                 fis[slot], ffs[slot], shared, facts, vector, mean, inv_scale,
                                 clip, x, x_bytes,
                             )  # fmt: skip
@@ -356,15 +356,15 @@ def advance(  # type: ignore[no-untyped-def]
             continue
         shared[LAST_SLOT] = slot
         row, track = sync_rows[slot], tracks[slot]
-        levels, depth = books[slot], depths[slot]
+        levels, depth = tops[slot], depths[slot]
         track[LAST_RECEIVED] = received
         track[STALE] = 0
         action = sync.classify(row, held[slot], buf, start)
         applied = action != sync.DROP and action != sync.HOLD
         if action != sync.DROP:
             _take(
-                buf, start, length, action, row, held[slot], levels, depth, flow, fis[slot],
-                ffs[slot], track, shared,
+                buf, start, length, action, row, held[slot], windows[slot], fars[slot], levels,
+                depth, flow, fis[slot], ffs[slot], track, shared,
             )  # fmt: skip
         state = _book_state(row, track, levels, depth)
         if params[COMPUTE_ALWAYS] == 1:

@@ -18,7 +18,7 @@ import numpy as np
 from engine import advance as kernel
 from engine import features, signals
 from engine.backends.interface import Backend
-from engine.book import FLOW_FIELDS
+from engine.book import FLOW_FIELDS, new_books, side_levels
 from engine.bundle import Bundle
 from engine.config import Config, config_hash
 from engine.hashes import code_hash
@@ -74,6 +74,8 @@ class Pipeline:
     ----------
     fired : bool
         Whether the last `advance` stopped because a signal is due.
+    top, depth : ndarray of int64
+        The best levels of each book and how many there are; see `engine.book`.
     vector : ndarray of float64, shape (N_FEATURES,)
         Raw features of the last signal that was tradable before inference.
     """
@@ -95,7 +97,7 @@ class Pipeline:
                 fix="add an [[instrument]] with venue and symbol",
             )
         names = sorted({(item.venue, item.symbol) for item in config.instruments})
-        n, width, capacity = len(names), features.N_FEATURES, config.book.max_levels
+        n, width = len(names), features.N_FEATURES
         self.names: Final = names
         self.fired = False
         self.inference_failures = 0
@@ -113,8 +115,7 @@ class Pipeline:
         self.sync: Final = np.zeros((n, sync.ROW_FIELDS), dtype=np.int64)
         self.sync[:, sync.WANT_SNAPSHOT] = 1
         self._held: Final = np.zeros((n, config.limits.max_pending_bytes), dtype=np.uint8)
-        self.levels: Final = np.zeros((n, 2, 2, capacity), dtype=np.int64)
-        self.depth: Final = np.zeros((n, 2), dtype=np.int64)
+        self._window, self._far, self.top, self.depth = new_books(n, config.book.max_levels)
         self._flow: Final = np.zeros(FLOW_FIELDS, dtype=np.int64)
         self._fi: Final = np.zeros((n, features.STATE_I), dtype=np.int64)
         self._ff: Final = np.zeros((n, features.STATE_F), dtype=np.float64)
@@ -177,7 +178,9 @@ class Pipeline:
             self._ids,
             self.sync,
             self._held,
-            self.levels,
+            self._window,
+            self._far,
+            self.top,
             self.depth,
             self._flow,
             self._fi,
@@ -261,6 +264,11 @@ class Pipeline:
     def synced(self) -> int:
         """How many instruments have a whole book."""
         return int(np.count_nonzero(self.sync[:, sync.STATE] == sync.SYNCED))
+
+    def book(self, slot: int, side: int) -> np.ndarray:
+        """All levels of a side, best first: int64 of shape (levels, 2), price and quantity."""
+        levels: np.ndarray = side_levels(self._window[slot], self._far[slot], side)
+        return levels
 
     def last_error(self) -> str:
         """What was wrong with the last malformed message."""

@@ -129,9 +129,7 @@ class Run:
     def levels(self, symbol: str) -> list[list[tuple[int, int]]]:
         """Both sides of a book, best level first."""
         slot = self.pipeline.names.index((VENUE, symbol))
-        sides = []
-        for side in range(2):
-            n = self.pipeline.depth[slot, side]
-            both = self.pipeline.levels[slot, side, :, :n][:, ::-1].T
-            sides.append([tuple(level) for level in both.tolist()])
-        return sides
+        return [
+            [(price, quantity) for price, quantity in self.pipeline.book(slot, side).tolist()]
+            for side in range(2)
+        ]

@@ -26,14 +26,14 @@ def fingerprint(price: int, quantity: int) -> int:
     return z ^ (z >> 31)
 
 
-@njit("uint64(int64[:,:,::1], int64[::1], int64)")
-def fingerprint_of(levels, depth, side):  # type: ignore[no-untyped-def]
-    """The same over our own arrays: 0 where they are not sorted best last, or hold no quantity."""
+@njit("uint64(int64[:,::1], int64)")
+def fingerprint_of(levels, side):  # type: ignore[no-untyped-def]
+    """The same over our own levels: 0 where they are not best first, or hold no quantity."""
     total = np.uint64(0)
     sign = 1 if side == 0 else -1
-    for i in range(depth[side]):
-        price, quantity = levels[side, 0, i], levels[side, 1, i]
-        if quantity <= 0 or (i > 0 and sign * price <= sign * levels[side, 0, i - 1]):
+    for i in range(len(levels)):
+        price, quantity = levels[i, 0], levels[i, 1]
+        if quantity <= 0 or (i > 0 and sign * price >= sign * levels[i - 1, 0]):
             return np.uint64(0)
         z = np.uint64(price) * np.uint64(0x9E3779B97F4A7C15)
         z += np.uint64(quantity) * np.uint64(0xD1B54A32D192ED03)
@@ -67,29 +67,43 @@ class NaiveBook:
             sum(fingerprint(*level) for level in levels) & WORD for levels in (bids, asks)
         ]
 
-    def best_last(self, side: int) -> list[tuple[int, int]]:
+    def best_first(self, side: int) -> list[tuple[int, int]]:
         items = list(self.sides[side].items())
-        return items if side == book.BID else items[::-1]
+        return items[::-1] if side == book.BID else items
 
 
-def new_book(capacity: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((2, 2, capacity), dtype=np.int64), np.zeros(2, dtype=np.int64)
+class OurBook:
+    """The arrays of one book."""
 
+    def __init__(self, max_levels: int = 4096) -> None:
+        self.window, self.far, self.top, self.depth = (
+            arrays[0] for arrays in book.new_books(1, max_levels)
+        )
 
-def side_of(levels: np.ndarray, depth: np.ndarray, side: int) -> list[tuple[int, int]]:
-    n = depth[side]
-    return list(zip(levels[side, 0, :n].tolist(), levels[side, 1, :n].tolist(), strict=True))
+    def set(self, side: int, price: int, quantity: int) -> int:
+        before: int = book.set_level(self.window, self.far, side, price, quantity)
+        book.refresh_top(self.window, self.far, self.top, self.depth, side)
+        return before
 
+    def side(self, side: int) -> list[tuple[int, int]]:
+        levels = book.side_levels(self.window, self.far, side)
+        return [(price, quantity) for price, quantity in levels.tolist()]
 
-def apply(levels: np.ndarray, depth: np.ndarray, message: bytes) -> np.ndarray:
-    buf = np.frombuffer(message, dtype=np.uint8).copy()
-    assert wire.check(buf, 0, len(buf)) == 0
-    flow = np.zeros(book.FLOW_FIELDS, dtype=np.int64)
-    if wire.template_id(message) == wire.SNAPSHOT:
-        book.apply_snapshot(levels, depth, buf, 0)
-    else:
-        book.apply_levels(levels, depth, flow, buf, 0)
-    return flow
+    def side_top(self, side: int) -> list[tuple[int, int]]:
+        n = self.depth[side]
+        both = self.top[side, :, :n][:, ::-1].T.tolist()
+        return [(price, quantity) for price, quantity in both]
+
+    def take(self, message: bytes) -> np.ndarray:
+        buf = np.frombuffer(message, dtype=np.uint8).copy()
+        assert wire.check(buf, 0, len(buf)) == 0
+        flow = np.zeros(book.FLOW_FIELDS, dtype=np.int64)
+        arrays = (self.window, self.far, self.top, self.depth)
+        if wire.template_id(message) == wire.SNAPSHOT:
+            book.apply_snapshot(*arrays, buf, 0)
+        else:
+            book.apply_levels(*arrays, flow, buf, 0)
+        return flow
 
 
 def delta(bids: list[tuple[int, int]], asks: list[tuple[int, int]]) -> bytes:
@@ -101,104 +115,121 @@ def snapshot(bids: list[tuple[int, int]], asks: list[tuple[int, int]]) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [40, 1500], ids=["near the top", "deep"])
-def test_equals_a_naive_book_after_every_one_of_a_million_operations(spread: int) -> None:
+@pytest.mark.parametrize(
+    ("spread", "jump"),
+    [(40, 0), (1500, 0), (60_000, 0), (1500, 300_000)],
+    ids=["near the top", "deep", "wider than the window", "with jumps beyond the window"],
+)
+def test_equals_a_naive_book_after_every_one_of_a_million_operations(
+    spread: int, jump: int
+) -> None:
     rng = np.random.default_rng(7)
-    levels, depth = new_book(1 << 14)
-    naive = NaiveBook()
-    operations = OPERATIONS // 2
+    ours, naive = OurBook(1 << 16), NaiveBook()
+    operations = OPERATIONS // 4
     sides = rng.integers(0, 2, operations).tolist()
-    offsets = rng.exponential(spread, operations).astype(int).tolist()
+    grid = max(spread // 500, 1)
+    offsets = (rng.exponential(spread / grid, operations).astype(int) * grid).tolist()
     quantities = (rng.integers(0, 3, operations) * rng.integers(1, 1000, operations)).tolist()
-    drift = np.cumsum(rng.integers(-1, 2, operations)).tolist()
+    steps = rng.integers(-1, 2, operations)
+    steps += (rng.random(operations) < 1e-4) * rng.integers(-jump, jump + 1, operations)
+    drift = (10_000_000 + np.cumsum(steps)).tolist()
     for i in range(operations):
         side = sides[i]
-        middle = 1_000_000 + drift[i]
-        price = middle - offsets[i] if side == book.BID else middle + 1 + offsets[i]
+        price = drift[i] - offsets[i] if side == book.BID else drift[i] + 1 + offsets[i]
         before = naive.set(side, price, quantities[i])
-        assert book.set_level(levels, depth, side, price, quantities[i]) == before
-        # The whole side, each time: as many levels, sorted, and the same set of them.
-        if depth[side] != len(naive.sides[side]) or (
-            fingerprint_of(levels, depth, side) != naive.fingerprints[side]
+        assert ours.set(side, price, quantities[i]) == before
+        # The whole side, each time: as many levels, best first, and the same set of them.
+        levels = book.side_levels(ours.window, ours.far, side)
+        if (
+            len(levels) != len(naive.sides[side])
+            or fingerprint_of(levels, side) != naive.fingerprints[side]
         ):
             pytest.fail(f"operation {i} (side {side}, {price}: {quantities[i]}): books differ")
         if i % 20_000 == 0:
-            for each in (book.BID, book.ASK):
-                assert side_of(levels, depth, each) == naive.best_last(each), f"operation {i}"
-            if i % 100_000 == 0:
-                bids = naive.best_last(book.BID)[::-1][:1000]
-                asks = naive.best_last(book.ASK)[::-1][:1000]
-                naive.replace(bids, asks)
-                apply(levels, depth, snapshot(bids, asks))
-                for each in (book.BID, book.ASK):
-                    assert side_of(levels, depth, each) == naive.best_last(each)
-    for each in (book.BID, book.ASK):
-        assert side_of(levels, depth, each) == naive.best_last(each)
+            bids, asks = naive.best_first(book.BID), naive.best_first(book.ASK)
+            assert (ours.side(book.BID), ours.side(book.ASK)) == (bids, asks)
+            assert (ours.side_top(book.BID), ours.side_top(book.ASK)) == (bids[:10], asks[:10])
+        if i % 60_000 == 30_000:
+            bids, asks = naive.best_first(book.BID)[:1000], naive.best_first(book.ASK)[:1000]
+            naive.replace(bids, asks)
+            ours.take(snapshot(bids, asks))
+            assert (ours.side(book.BID), ours.side(book.ASK)) == (bids, asks)
+    for side in (book.BID, book.ASK):
+        assert ours.side(side) == naive.best_first(side)
 
 
-@njit("boolean(int64[:,:,::1], int64[::1])")
-def is_sorted(levels, depth):  # type: ignore[no-untyped-def]
-    for side in range(2):
-        sign = 1 if side == 0 else -1
-        for i in range(1, depth[side]):
-            if sign * levels[side, 0, i] <= sign * levels[side, 0, i - 1]:
-                return False
-        for i in range(depth[side]):
-            if levels[side, 1, i] <= 0:
-                return False
-    return True
-
-
-def test_stays_sorted_and_positive_whatever_comes() -> None:
+def test_the_top_is_right_after_every_delta() -> None:
     rng = np.random.default_rng(11)
-    levels, depth = new_book(64)
+    ours, naive = OurBook(), NaiveBook()
     for _ in range(20_000):
-        side, price = int(rng.integers(0, 2)), int(rng.integers(1, 200))
-        book.set_level(levels, depth, side, price, int(rng.integers(0, 5)))
-        assert is_sorted(levels, depth)
-        assert depth.max() <= 64
+        sides: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        for _ in range(int(rng.integers(0, 6))):
+            side, price = int(rng.integers(0, 2)), int(rng.integers(1, 60))
+            quantity = int(rng.integers(0, 3))
+            sides[side].append((price, quantity))
+            naive.set(side, price, quantity)
+        ours.take(delta(*sides))
+        for side in (book.BID, book.ASK):
+            assert ours.side_top(side) == naive.best_first(side)[: book.TOP_LEVELS]
+            assert ours.depth[side] == min(len(naive.sides[side]), book.TOP_LEVELS)
 
 
-def test_a_full_side_drops_its_worst_level_and_says_so() -> None:
-    levels, depth = new_book(4)
-    for price in (10, 11, 12, 13):
-        assert book.set_level(levels, depth, book.BID, price, 1) == 0
-    assert book.set_level(levels, depth, book.BID, 14, 5) == -1
-    assert [price for price, _ in side_of(levels, depth, book.BID)] == [11, 12, 13, 14]
-    assert book.set_level(levels, depth, book.BID, 9, 5) == -1, "worse than all: it is dropped"
-    assert [price for price, _ in side_of(levels, depth, book.BID)] == [11, 12, 13, 14]
+@pytest.mark.parametrize("far", [0, 500_000], ids=["in the window", "beyond it"])
+def test_a_full_book_drops_its_worst_level_and_says_so(far: int) -> None:
+    ours = OurBook(max_levels=4)
+    for price in (10, 11, 12):
+        assert ours.set(book.BID, price, 1) == 0
+    assert ours.set(book.BID, 13 + far, 1) == 0
+    assert ours.set(book.BID, 14 + far, 5) == -1
+    assert [price for price, _ in ours.side(book.BID)] == [14 + far, 13 + far, 12, 11]
+    assert ours.set(book.BID, 9, 5) == -1, "worse than all: it is dropped"
+    assert [price for price, _ in ours.side(book.BID)] == [14 + far, 13 + far, 12, 11]
 
 
 def test_flow_of_a_delta_counts_lots_added_and_removed() -> None:
-    levels, depth = new_book()
-    apply(levels, depth, snapshot([(100, 10), (99, 20)], [(101, 5), (102, 6)]))
-    flow = apply(levels, depth, delta([(100, 4), (98, 7)], [(101, 0), (103, 2)]))
+    ours = OurBook()
+    ours.take(snapshot([(100, 10), (99, 20)], [(101, 5), (102, 6)]))
+    flow = ours.take(delta([(100, 4), (98, 7)], [(101, 0), (103, 2)]))
     assert flow.tolist() == [7, 6, 2, 5]
-    assert side_of(levels, depth, book.BID) == [(98, 7), (99, 20), (100, 4)]
-    assert side_of(levels, depth, book.ASK) == [(103, 2), (102, 6)]
+    assert ours.side(book.BID) == [(100, 4), (99, 20), (98, 7)]
+    assert ours.side(book.ASK) == [(102, 6), (103, 2)]
 
 
 def test_a_snapshot_replaces_everything_in_any_order_of_levels() -> None:
-    levels, depth = new_book()
-    apply(levels, depth, snapshot([(100, 10), (99, 20)], [(101, 5)]))
-    apply(levels, depth, snapshot([(97, 1), (98, 2), (96, 3)], []))
-    assert side_of(levels, depth, book.BID) == [(96, 3), (97, 1), (98, 2)]
-    assert depth.tolist() == [3, 0]
+    ours = OurBook()
+    ours.take(snapshot([(100, 10), (99, 20)], [(101, 5)]))
+    ours.take(snapshot([(97, 1), (900_000, 4), (98, 2), (96, 3)], []))
+    assert ours.side(book.BID) == [(900_000, 4), (98, 2), (97, 1), (96, 3)]
+    assert ours.side(book.ASK) == []
+    assert ours.depth.tolist() == [4, 0]
 
 
 def test_removing_a_level_that_is_not_there_changes_nothing() -> None:
-    levels, depth = new_book()
-    apply(levels, depth, snapshot([(100, 10)], [(101, 5)]))
-    assert book.set_level(levels, depth, book.ASK, 500, 0) == 0
-    assert depth.tolist() == [1, 1]
+    ours = OurBook()
+    ours.take(snapshot([(100, 10)], [(101, 5)]))
+    for price in (500, 102, 900_000, 1):
+        assert ours.set(book.ASK, price, 0) == 0
+        assert ours.set(book.BID, price, 0) == 0
+    assert ours.depth.tolist() == [1, 1]
+
+
+def test_the_window_follows_the_best_level_down_and_takes_the_far_ones_in() -> None:
+    ours = OurBook()
+    prices = list(range(1_000, 3_000_000, 10_000))
+    for price in prices:
+        ours.set(book.BID, price, price)
+    for price in prices[::-1][:-1]:
+        assert ours.set(book.BID, price, 0) == price
+        assert ours.side_top(book.BID)[0][0] == price - 10_000
+    assert ours.side(book.BID) == [(1_000, 1_000)]
 
 
 @pytest.mark.parametrize(
     ("bid", "ask", "expected"), [(100, 101, False), (101, 101, True), (102, 101, True)]
 )
 def test_crossed_and_locked(bid: int, ask: int, expected: bool) -> None:
-    levels, depth = new_book()
-    apply(levels, depth, snapshot([(bid, 1)], [(ask, 1)]))
-    assert book.crossed(levels, depth) is expected
-    book.set_level(levels, depth, book.BID, bid, 0)
-    assert book.crossed(levels, depth) is False, "a book with an empty side is not crossed"
+    ours = OurBook()
+    ours.take(snapshot([(bid, 1)], [(ask, 1)]))
+    assert book.crossed(ours.top, ours.depth) is expected
+    ours.set(book.BID, bid, 0)
+    assert book.crossed(ours.top, ours.depth) is False, "a book with an empty side is not crossed"
