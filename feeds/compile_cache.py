@@ -1,0 +1,64 @@
+"""Where compiled kernels are kept: a folder for each state of the sources.
+
+Numba's cache looks only at the file a function stands in. A kernel that was compiled with another
+file's function inlined would live on after that file changed, and an engine would run code that
+its hash does not name. So the cache folder carries a hash over every source file with a kernel in
+it: any change there starts an empty one, and folders of other states are dropped in time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Final
+
+PACKAGES: Final = ("feeds", "engine", "replay", "models", "benchmarks")
+MAX_FOLDERS: Final = 8
+_MARK: Final = b"njit"
+
+
+def kernel_hash(root: Path) -> str:
+    """16 hex digits that name the state of all sources with kernels below ``root``."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            source = path.read_bytes()
+            if _MARK in source or b"intrinsic" in source:
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+                digest.update(len(source).to_bytes(8, "little"))
+                digest.update(source)
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/octick``, ``~/.cache/octick`` where that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "octick"
+
+
+def use_compile_cache() -> None:
+    """Point Numba at this state's folder, unless ``NUMBA_CACHE_DIR`` says another one.
+
+    Where no folder can be made, Numba keeps to its own rule.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return
+    parent = cache_folder()
+    folder = parent / kernel_hash(Path(__file__).resolve().parent.parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        folders = sorted(
+            (path for path in parent.iterdir() if path.is_dir()), key=lambda p: p.stat().st_mtime
+        )
+        for old in folders[:-MAX_FOLDERS]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        return
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    if "numba" in sys.modules:
+        # A program that imported Numba before us: its configuration is read already.
+        sys.modules["numba"].config.CACHE_DIR = str(folder)
