@@ -2,14 +2,15 @@
 
 Numba's cache looks only at the file a function stands in. A kernel that was compiled with another
 file's function inlined would live on after that file changed, and an engine would run code that
-its hash does not name. So the cache folder carries a hash over every source file with a kernel in
-it: any change there starts an empty one, and folders of other states are dropped in time.
+its hash does not name. So the cache folder carries a hash over every source file that a kernel can
+depend on: any change there starts an empty one, and folders of other states are dropped in time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,19 +18,46 @@ from typing import Final
 
 PACKAGES: Final = ("feeds", "engine", "replay", "models", "benchmarks")
 MAX_FOLDERS: Final = 8
-_MARK: Final = b"njit"
+_MARKS: Final = (b"njit", b"intrinsic")
+_IMPORT: Final = re.compile(
+    rb"^(?:from|import) ((?:feeds|engine|replay|models|benchmarks)[\w.]*)"
+    rb"(?: import (?:\(([^)]*)\)|([^\n(]*)))?",
+    re.MULTILINE,
+)
+_NAME: Final = re.compile(rb"\w+")
+
+
+def kernel_sources(root: Path) -> dict[str, bytes]:
+    """Every source a compiled kernel can depend on: path below ``root`` → bytes, sorted.
+
+    Those with a kernel in them, and what they import of ours, directly or not: a constant is
+    compiled in like a function.
+    """
+    sources = {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for package in PACKAGES
+        for path in (root / package).rglob("*.py")
+    }
+    queue = [name for name, text in sources.items() if any(mark in text for mark in _MARKS)]
+    found: set[str] = set()
+    while queue:
+        name = queue.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for module, inside, line in _IMPORT.findall(sources[name]):
+            base = module.decode().replace(".", "/")
+            names = [base, *(f"{base}/{n.decode()}" for n in _NAME.findall(inside or line))]
+            queue += [f"{n}.py" for n in names if f"{n}.py" in sources]
+    return {name: sources[name] for name in sorted(found)}
 
 
 def kernel_hash(root: Path) -> str:
-    """16 hex digits that name the state of all sources with kernels below ``root``."""
+    """16 hex digits that name the state of all sources that kernels below ``root`` depend on."""
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            source = path.read_bytes()
-            if _MARK in source or b"intrinsic" in source:
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-                digest.update(len(source).to_bytes(8, "little"))
-                digest.update(source)
+    for name, source in kernel_sources(root).items():
+        digest.update(f"{name}\0{len(source)}\0".encode())
+        digest.update(source)
     return digest.hexdigest()[:16]
 
 

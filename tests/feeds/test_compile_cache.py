@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from feeds.compile_cache import MAX_FOLDERS, cache_folder, kernel_hash
+from feeds.compile_cache import MAX_FOLDERS, cache_folder, kernel_hash, kernel_sources
 from tests.conftest import ROOT
 
-CALLEE = "from numba import njit\n@njit('int64()', cache=True)\ndef number():\n    return {}\n"
+CONSTANT = "NUMBER = {}\n"
+CALLEE = "from numba import njit\nfrom feeds import (\n    constant,\n)\n@njit('int64()', cache=True)\ndef number():\n    return {} * constant.NUMBER\n"
 CALLER = (
     "from numba import njit\nfrom feeds.callee import number\n"
     "@njit('int64()', cache=True)\ndef twice():\n    return 2 * number()\n"
@@ -39,7 +40,15 @@ def test_a_change_in_a_called_file_reaches_its_callers(tmp_path: Path) -> None:
     code = "from feeds.caller import twice; print(twice())"
     for number in (1, 2, 3):
         (package / "callee.py").write_text(CALLEE.format(number))
-        assert run(tmp_path, code, tmp_path / "cache") == str(2 * number)
+        for constant in (1, 10):
+            (package / "constant.py").write_text(CONSTANT.format(constant))
+            assert run(tmp_path, code, tmp_path / "cache") == str(2 * number * constant)
+
+
+def test_a_constant_is_as_good_as_a_kernel() -> None:
+    names = kernel_sources(ROOT)
+    assert {"engine/advance.py", "engine/trust.py", "feeds/wire.py"} <= set(names)
+    assert "engine/cli.py" not in names
 
 
 def test_folders_of_other_states_are_dropped_in_time(tmp_path: Path) -> None:
