@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from engine.bundle import load_bundle
 from engine.config import load_config
 from engine.jitter import Jitter, measure_jitter
 from feeds.errors import InputError
@@ -161,14 +162,20 @@ def _write_config(folder: Path, tape: Path) -> tuple[Path, dict[str, str]]:
     return path, sockets
 
 
-def _table(last: dict[str, dict[str, Any]], counts: dict[str, int], left_s: float) -> Table:
+def _table(
+    last: dict[str, dict[str, Any]],
+    counts: dict[str, int],
+    classes: tuple[str, ...],
+    left_s: float,
+) -> Table:
     table = Table(title=f"signals, {left_s:.0f} s to go", title_justify="left")
     for name in ("instrument", "signals", "book", "class", "outputs", "best bid", "best ask"):
-        table.add_column(name, justify="left" if name in ("instrument", "book") else "right")
+        left = name in ("instrument", "book", "class")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for name in sorted(last):
         signal = last[name]
         outputs = " ".join("-" if v is None else f"{v:+.2f}" for v in signal["outputs"])
-        chosen = "-" if signal["predicted_class"] is None else str(signal["predicted_class"])
+        chosen = "-" if signal["predicted_class"] is None else classes[signal["predicted_class"]]
         trust = signal["book_state"] + ("" if signal["tradable"] else " !")
         table.add_row(
             name,
@@ -217,6 +224,7 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
         with console.status("starting simulator, engine and subscriber"):
             engine_err.wait_for("READY", READY_TIMEOUT_S, engine_process)
         console.print("octick publish sim  →  octick run  →  octick subscribe", highlight=False)
+        classes = load_bundle(load_config(CONFIG).model.bundle).classes
         last: dict[str, dict[str, Any]] = {}
         counts: dict[str, int] = {}
         deadline = time.monotonic() + seconds
@@ -224,7 +232,7 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
             while (left_s := deadline - time.monotonic()) > 0 and engine_process.poll() is None:
                 for line in out.take():
                     _note(line, last, counts)
-                live.update(_table(last, counts, left_s))
+                live.update(_table(last, counts, classes, left_s))
                 time.sleep(min(REFRESH_S, max(left_s, 0.0)))
         _stop(engine_process)
         _stop(market)
@@ -287,6 +295,8 @@ def _recorded_digest(path: Path) -> str:
 def show(result: DemoResult, console: Console) -> None:
     """The end of the demo, for a person."""
     table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in (
         ("messages", f"{result.messages:,} in {result.seconds:.0f} s"),
         ("signals", f"{result.signals:,}, {result.tradable:,} tradable"),
@@ -301,6 +311,8 @@ def show(result: DemoResult, console: Console) -> None:
         ("digest, replay", result.digest_replay),
     ):  # fmt: skip
         table.add_row(f"[bold]{name}[/]", value)
+    console.print()
     console.print(table)
+    console.print()
     verdict = "[green]equal: the replay gave the same signals, byte for byte[/]"
     console.print(verdict if result.equal else "[red]the digests differ[/]")

@@ -47,9 +47,7 @@ def convert(raw: Path, venue: str, out: Path, **environment: str) -> Path:
 
 
 def config_file(path: Path, names: list[tuple[str, str]]) -> Path:
-    path.write_text(
-        "".join(f'[[instrument]]\nvenue = "{v}"\nsymbol = "{s}"\n' for v, s in names)
-    )
+    path.write_text("".join(f'[[instrument]]\nvenue = "{v}"\nsymbol = "{s}"\n' for v, s in names))
     return path
 
 

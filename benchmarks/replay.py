@@ -1,0 +1,327 @@
+"""``octick bench replay``: how fast book, features and model go through a recorded stream.
+
+Two measurements over the same records, which lie in memory with their checksums verified, so that
+the disk is none of it. Both drive the pipeline that daemon and replay run, on one core, after a
+warm-up run that is not counted:
+
+*features*
+    Book and sequence logic, and the whole feature vector after every applied message; no signals.
+*signals*
+    The default trigger: inference and an encoded signal at every change of the top of book.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from engine.backends.registry import open_backend
+from engine.bundle import load_bundle
+from engine.config import Config
+from engine.digest import Digest
+from engine.jitter import measure_jitter
+from engine.pipeline import Pipeline
+from feeds.errors import InputError
+from feeds.tape import TapeReader
+from replay.session import choose_config
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+RECORDING: Final = Path("binance") / "usdm_btcusdt_20240808.gz"
+VENUE: Final = "binance-usdm"
+REFERENCE: Final = ROOT / "models" / "reference"
+SIMULATED_MESSAGES: Final = 200_000
+SIMULATED_SEED: Final = 1
+MAX_RECORDS_BYTES: Final = 1 << 31
+JITTER_S: Final = 1.0
+PACKAGES: Final = ("numba", "numpy", "onnxruntime", "llvmlite")
+
+Records = list[tuple[np.ndarray, int, int]]
+
+
+class Runs(msgspec.Struct, frozen=True):
+    """One measurement: seconds of each run, and what one run did."""
+
+    seconds: list[float]
+    messages: int
+    levels: int
+    feature_vectors: int
+    signals: int
+
+    @property
+    def median_s(self) -> float:
+        """Median of the runs."""
+        return statistics.median(self.seconds)
+
+
+class ReplayBench(msgspec.Struct, frozen=True):
+    """Result of ``octick bench replay``.
+
+    ``levels_per_s`` and ``messages_per_s`` are those of book and all features without inference,
+    ``signals_per_s`` that of the whole way to the signal; all medians. ``jitter_p99_us`` and
+    ``jitter_max_us`` say how long the host took the core away in a loop that does nothing.
+    """
+
+    levels_per_s: float
+    messages_per_s: float
+    signals_per_s: float
+    messages_per_s_with_inference: float
+    tape: str
+    source: str
+    digest: str
+    runs: int
+    features: Runs
+    signals: Runs
+    core: int | None
+    jitter_p99_us: float
+    jitter_max_us: float
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+
+def bench_replay(
+    path: Path | None,
+    *,
+    runs: int,
+    model: Path = REFERENCE,
+    progress: Callable[[str], Any] = lambda _: None,
+) -> ReplayBench:
+    """Measure on a tape, by default the recording of `RECORDING`, else a simulated market.
+
+    Parameters
+    ----------
+    path : Path or None
+    runs : int
+        Counted runs of each measurement.
+    model : Path
+        Bundle for the second measurement.
+    progress : callable
+        Told what is going on.
+
+    Raises
+    ------
+    InputError
+        If the tape or the bundle cannot be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
+        progress("preparing the tape")
+        tape, source = (path, "given") if path is not None else _default_tape(Path(folder))
+        reader = TapeReader(tape)
+        config = choose_config([reader.meta], None)
+        records: Records = []
+        size = 0
+        for chunk in reader.chunks():
+            size += chunk.stop - chunk.start
+            if size > MAX_RECORDS_BYTES:
+                raise InputError(
+                    "tape too large to measure in memory",
+                    where=str(tape),
+                    expected=f"at most {MAX_RECORDS_BYTES} bytes",
+                    fix="measure a shorter one",
+                )
+            records.append(
+                (chunk.buf[chunk.start : chunk.stop].copy(), 0, chunk.stop - chunk.start)
+            )
+    core, allowed = _pin()
+    try:
+        progress("measuring the host")
+        jitter = measure_jitter(JITTER_S)
+        progress("book and features")
+        features = _measure(lambda: _features_run(config, records), runs)
+        progress("with inference")
+        signals, digest = _measure_signals(config, records, model, runs)
+    finally:
+        if allowed is not None:
+            os.sched_setaffinity(0, allowed)
+    return ReplayBench(
+        levels_per_s=features.levels / features.median_s,
+        messages_per_s=features.messages / features.median_s,
+        signals_per_s=signals.signals / signals.median_s,
+        messages_per_s_with_inference=signals.messages / signals.median_s,
+        tape=tape.name,
+        source=source,
+        digest=digest,
+        runs=runs,
+        features=features,
+        signals=signals,
+        core=core,
+        jitter_p99_us=jitter.p99_ns / 1e3,
+        jitter_max_us=jitter.max_ns / 1e3,
+        machine=machine(),
+        versions=versions(),
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _default_tape(folder: Path) -> tuple[Path, str]:
+    data = Path(os.environ.get("OCTICK_DATA", ROOT.parent / "shared" / "data"))
+    recording = data / RECORDING
+    if recording.is_file():
+        from feeds.convert import convert
+
+        target = folder / "recording.tape"
+        convert(recording, VENUE, out=target)
+        return target, RECORDING.name
+    from feeds.simulator import Simulator
+
+    target = folder / "simulated.tape"
+    Simulator(seed=SIMULATED_SEED, n_instruments=1).write_tape(target, SIMULATED_MESSAGES)
+    return target, f"simulator seed={SIMULATED_SEED}"
+
+
+def _pin() -> tuple[int | None, set[int] | None]:
+    """Stay on one core, where the platform lets us; returns it, and what was allowed before."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None, None
+    allowed = os.sched_getaffinity(0)
+    core = max(allowed)
+    os.sched_setaffinity(0, {core})
+    return core, allowed
+
+
+def _measure(run: Callable[[], tuple[float, Pipeline]], runs: int) -> Runs:
+    run()
+    done = [run() for _ in range(runs)]
+    counters = done[-1][1].counters
+    return Runs(
+        [seconds for seconds, _ in done],
+        counters["messages"],
+        counters["book_levels"],
+        counters["feature_vectors"],
+        counters["signals"],
+    )
+
+
+def _features_run(config: Config, records: Records) -> tuple[float, Pipeline]:
+    pipeline = Pipeline(config, None, None, compute_always=True)
+    started = time.perf_counter()
+    for buf, start, stop in records:
+        at = start
+        while at < stop:
+            at = pipeline.advance(buf, at, stop)
+    return time.perf_counter() - started, pipeline
+
+
+def _measure_signals(config: Config, records: Records, model: Path, runs: int) -> tuple[Runs, str]:
+    bundle = load_bundle(model)
+    backend = open_backend(
+        config.model.backend,
+        bundle,
+        config.model.device,
+        threads=1,
+        precision=config.model.precision,
+    )
+    digests = set()
+
+    def run() -> tuple[float, Pipeline]:
+        pipeline = Pipeline(config, bundle, backend)
+        digest = Digest()
+        started = time.perf_counter()
+        for buf, start, stop in records:
+            at = start
+            while at < stop:
+                at = pipeline.advance(buf, at, stop)
+                if pipeline.fired:
+                    digest.update(pipeline.answer())
+        seconds = time.perf_counter() - started
+        digests.add(digest.hexdigest())
+        return seconds, pipeline
+
+    try:
+        measured = _measure(run, runs)
+    finally:
+        backend.close()
+    assert len(digests) == 1, "runs over the same records gave different signals"
+    return measured, digests.pop()
+
+
+def machine() -> dict[str, str | int]:
+    """What was measured on."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": name,
+        "cores": os.cpu_count() or 0,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the speed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def commit() -> str:
+    """Commit of the checkout, with ``-dirty`` where it has changes; "" outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def show(result: ReplayBench) -> None:
+    """Print the result as a table."""
+    from rich.table import Table
+
+    from feeds.cli import wide_console
+
+    table = Table(
+        "measured", "median", "fastest", "slowest", title=f"octick bench replay, {result.runs} runs"
+    )
+    for name, runs, amount, unit in (
+        ("book + all features", result.features, result.features.levels, "levels/s"),
+        ("book + all features", result.features, result.features.messages, "messages/s"),
+        ("… to the signal", result.signals, result.signals.messages, "messages/s"),
+        ("… to the signal", result.signals, result.signals.signals, "signals/s"),
+    ):
+        rates = [
+            amount / seconds for seconds in (runs.median_s, min(runs.seconds), max(runs.seconds))
+        ]
+        table.add_row(name, f"{rates[0]:,.0f} {unit}", *(f"{rate:,.0f}" for rate in rates[1:]))
+    console = wide_console()
+    console.print(table)
+    features = result.features
+    console.print(
+        f"{result.source}: {features.messages:,} messages, {features.levels:,} levels, "
+        f"{features.feature_vectors:,} feature vectors, {result.signals.signals:,} signals"
+    )
+    console.print(
+        f"host jitter: p99 {result.jitter_p99_us:.1f} µs, max {result.jitter_max_us:.1f} µs; "
+        f"{result.machine['cpu']}, core {result.core}; "
+        + ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    )
+    console.print(f"commit {result.commit or 'none'}, {result.date}, digest {result.digest}")
