@@ -32,6 +32,7 @@ demo: $(VENV)/.installed ## Simulator, daemon and subscriber for 20 s, then a re
 	$(BIN)/octick demo
 
 test: $(VENV)/.installed-dev ## Install what the tests need and run them all
+	$(BIN)/octick compile
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 check: lint types imports test ## What CI runs: lint, format, types, imports, tests

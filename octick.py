@@ -30,6 +30,7 @@ _COMMANDS: Final[dict[str, Any]] = {
     "doctor": ("engine.cli", "doctor", "Check this machine and what would make it slow."),
     "publish": ("feeds.cli", "publish", "Put a simulator, tape or recording on ZeroMQ."),
     "replay": ("replay.cli", "replay", "Run the engine over recorded tapes."),
+    "compile": ("benchmarks.cli", "compile_kernels", "Compile every kernel ahead of its use."),
     "demo": ("benchmarks.cli", "demo", "Simulator, daemon and subscriber, then a replay."),
     "tape": {
         "": "Make, inspect, compare and export tapes.",

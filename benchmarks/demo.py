@@ -7,6 +7,7 @@ up.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -81,10 +82,10 @@ class _Lines:
             except queue.Empty:
                 return
 
-    def wait_for(self, start: str, timeout_s: float, child: subprocess.Popen[str]) -> list[str]:
+    def wait_for(self, start: str, child: subprocess.Popen[str], what: str) -> list[str]:
         """Lines up to one that starts so."""
         seen: list[str] = []
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
                 seen.append(self._queue.get(timeout=0.1))
@@ -95,7 +96,7 @@ class _Lines:
             if seen[-1].startswith(start):
                 return seen
         raise InputError(
-            f"{' '.join(child.args[3:5])} did not become ready",  # type: ignore[index]
+            f"{what} did not become ready",
             where="demo",
             found=" ".join("".join(seen).split())[-300:] or "no output",
             fix="run 'octick doctor'",
@@ -208,8 +209,9 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
     """
     tape = folder / f"demo-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.tape"
     with console.status("compiling the kernels (once; cached afterwards)"):
-        import engine.daemon
-        import feeds.publisher  # noqa: F401 - warms the cache for the three processes
+        # What the three processes need, so that they do not all compile it at once.
+        for module in ("engine.daemon", "feeds.publisher"):
+            importlib.import_module(module)
     jitter: Jitter = measure_jitter(JITTER_S)
     with tempfile.TemporaryDirectory(prefix="octick-") as temporary, _children() as children:
         config, sockets = _write_config(Path(temporary), tape.resolve())
@@ -222,7 +224,7 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
         pipes = [child.stdout for child in children] + [child.stderr for child in children]
         out, engine_out, _, _, engine_err, _ = [_Lines(p) for p in pipes if p is not None]
         with console.status("starting simulator, engine and subscriber"):
-            engine_err.wait_for("READY", READY_TIMEOUT_S, engine_process)
+            engine_err.wait_for("READY", engine_process, "octick run")
         console.print("octick publish sim  →  octick run  →  octick subscribe", highlight=False)
         classes = load_bundle(load_config(CONFIG).model.bundle).classes
         last: dict[str, dict[str, Any]] = {}

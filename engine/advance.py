@@ -271,13 +271,13 @@ def _take(  # type: ignore[no-untyped-def]
 @njit(
     "int64(uint8[::1], int64, int64, uint8[:,::1], int64[:,::1], int64[:,::1], uint8[:,::1],"
     " int64[:,:,::1], int64[:,:,:,::1], int64[:,:,:,::1], int64[:,::1], int64[::1],"
-    " int64[:,::1], float64[:,::1], int64[:,::1], int64[::1], int64[::1], int64[::1], float64[::1], float64[::1], float64[::1], float64,"
-    " float32[:,::1], uint8[::1])",
+    " int64[:,::1], float64[:,::1], int64[:,::1], int64[::1], int64[::1], int64[::1], float64[::1],"
+    " float64[::1], float64[::1], float64, float32[:,::1], uint8[::1])",
     cache=True,
 )
 def advance(  # type: ignore[no-untyped-def]
-    buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs, tracks, shared,
-    params, facts, vector, mean, inv_scale, clip, x, x_bytes,
+    buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs, tracks,
+    shared, params, facts, vector, mean, inv_scale, clip, x, x_bytes,
 ):  # fmt: skip
     """Consume whole tape records of ``buf[at:stop]`` until one makes a signal due.
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, Final
 
-import msgspec
 import zmq
 
 from engine import latency, state
@@ -25,10 +24,12 @@ from engine.bundle import Bundle, load_bundle
 from engine.config import Config, config_hash, semantic
 from engine.features import SCHEMA_HASH
 from engine.feed import MALFORMED, NOTHING, FeedConnection
+from engine.handshake import Handshake, Notice
 from engine.hashes import code_hash
 from engine.pipeline import Pipeline
 from engine.publisher import SignalPublisher
 from engine.recorder import Recorder, ScratchTape, open_recorder
+from engine.run_report import Totals
 from engine.signals import AT_BOOK_STATE
 from engine.trust import BOOK_STATES, SYNCED
 from feeds import tape, wire
@@ -36,38 +37,7 @@ from feeds.errors import InputError
 
 STATE_EVERY_NS: Final = 1_000_000_000
 SLOW_POLL_S: Final = 0.05
-WAIT_NOTICE_NS: Final = 2_000_000_000
-HANDSHAKE_POLL_MS: Final = 20
-MAX_EARLY_MESSAGES: Final = 100_000
 WARM_UP_BYTES: Final = 1 << 16
-
-Notice = Callable[[str], None]
-
-
-class Totals(msgspec.Struct):
-    """What a session did, for the closing line and ``--json``."""
-
-    seconds: float
-    messages: int
-    signals: int
-    tradable: int
-    lost: int
-    gaps: int
-    duplicates: int
-    rejected: int
-    instruments: int
-    synced: int
-    subscriber_drops: int
-    latency_p50_us: float
-    latency_p99_us: float
-    latency_max_us: float
-    collections: int
-    tape: str
-    tape_records: int
-    engine_epoch: int
-    model_hash: str
-    config_hash: str
-    code_hash: str
 
 
 class Daemon:
@@ -112,9 +82,6 @@ class Daemon:
         self._recorder: Recorder | None = None
         self._view = memoryview(b"")
         self._arena: Any = None
-        self._early: list[tuple[int, bytes]] = []
-        self._definitions: dict[tuple[str, str], tape.InstrumentMeta] = {}
-        self._rejections: dict[tuple[str, str], str] = {}
         self._requested_ns = [0] * len(names)
         self.latency: Final = latency.new_counts()
         self._state_seq = self._alert_seq = self._rejected_told = 0
@@ -149,56 +116,25 @@ class Daemon:
         """Finish what is in hand and return from `run`."""
         self._stop = True
 
-    # Start: find every instrument, open the tape.
-
     def connect(self) -> None:
         """Wait until every instrument is defined by a feed; then open the tape.
 
         Raises
         ------
         InputError
-            If every snapshot service that was asked rejects an instrument, or the tape cannot be
-            made.
+            If a feed does not know an instrument, or the tape cannot be made.
         """
         names = self.pipeline.names
-        poller = zmq.Poller()
-        for feed in self._feeds:
-            poller.register(feed.sub, zmq.POLLIN)
-            if feed.dealer is not None:
-                poller.register(feed.dealer, zmq.POLLIN)
-        limit = self.config.limits.snapshot_timeout_ns
-        services = sum(feed.dealer is not None for feed in self._feeds)
-        asked_ns = 0
-        told_ns = self.now_ns()
-        while not self._stop and len(self._definitions) < len(names):
-            now = self.now_ns()
-            missing = [name for name in names if name not in self._definitions]
-            if now - asked_ns > limit:
-                asked_ns = now
-                for feed in self._feeds:
-                    for name in missing:
-                        feed.request_snapshot(*name)
-            if now - told_ns > WAIT_NOTICE_NS:
-                told_ns = now
-                what = ", ".join(".".join(name) for name in missing)
-                where = ", ".join(feed.config.endpoint for feed in self._feeds)
-                self._notice(f"waiting for {what} from {where}")
-            poller.poll(HANDSHAKE_POLL_MS)
-            self._receive_early()
+        handshake = Handshake(self._feeds, names, self.config.limits, self.now_ns, self._notice)
+        while not self._stop and not handshake.complete:
+            handshake.poll()
             self.publisher.serve_joins()
-            rejected = [name for name in missing if name in self._rejections]
-            if rejected and services == len(self._feeds) == 1:
-                name = rejected[0]
-                raise InputError(
-                    f"unknown symbol {'.'.join(name)}",
-                    where=self._feeds[0].config.snapshot_endpoint,
-                    found=self._rejections[name],
-                    fix="correct the [[instrument]] of the config, or the feed",
-                )
         meta = tape.TapeMeta(
             created_ns=self._started_ns,
             source="octick run",
-            instruments=[self._definitions[name] for name in names if name in self._definitions],
+            instruments=[
+                handshake.definitions[name] for name in names if name in handshake.definitions
+            ],
             engine_epoch=self.epoch,
             config=semantic(self.config),
             hashes={
@@ -210,55 +146,9 @@ class Daemon:
         )
         self._warm_up()
         self._recorder = open_recorder(self.config.tape.path, meta)
-        early, self._early = self._early, []
-        for recv_ns, payload in early:
+        for recv_ns, payload in handshake.early:
             self._take(tape.MARKET, recv_ns, payload)
         self.ready = True
-
-    def _receive_early(self) -> None:
-        buffer = bytearray(self.config.limits.max_message_bytes)
-        view = memoryview(buffer)
-        for feed in self._feeds:
-            for payload in feed.answers():
-                self._note_definition(payload)
-                self._early.append((self.now_ns(), payload))
-            for _ in range(self.config.limits.max_drain_messages):
-                length = feed.receive(view)
-                if length == NOTHING:
-                    break
-                if length == MALFORMED:
-                    continue
-                payload = bytes(view[:length])
-                self._note_definition(payload)
-                self._early.append((self.now_ns(), payload))
-        if len(self._early) > MAX_EARLY_MESSAGES:
-            # Older ones are of no use: what they say is in a snapshot, asked for by the gap.
-            del self._early[: len(self._early) - MAX_EARLY_MESSAGES]
-
-    def _note_definition(self, payload: bytes) -> None:
-        template = wire.template_id(payload)
-        if template == wire.REJECT and len(payload) >= 184:
-            venue, symbol, reason = (
-                payload[a:b].rstrip(b"\0").decode("ascii", "replace")
-                for a, b in ((8, 24), (24, 56), (56, 184))
-            )
-            self._rejections[venue, symbol] = reason
-        if template != wire.INSTRUMENT:
-            return
-        try:
-            block = wire.decode_block(payload, wire.INSTRUMENT_DTYPE)
-        except InputError:
-            return
-        name = (block["venue"].decode(), block["symbol"].decode())
-        if name in self.pipeline.names:
-            self._definitions[name] = tape.InstrumentMeta(
-                venue=name[0],
-                symbol=name[1],
-                source_id=int(block["source_id"]),
-                instrument_id=int(block["instrument_id"]),
-                tick=wire.decimal_text(block["tick_mantissa"], block["tick_exponent"]),
-                lot=wire.decimal_text(block["lot_mantissa"], block["lot_exponent"]),
-            )
 
     def _warm_up(self) -> None:
         """Run every native function of the hot path once, on a pipeline of its own.
@@ -294,7 +184,7 @@ class Daemon:
         for _ in range(limits.max_drain_messages):
             arena, at = recorder.room(self._room)
             if arena is not self._arena:
-                self._arena, self._view = arena, memoryview(arena)
+                self._arena, self._view = arena, arena.data
             body = at + tape.RECORD_HEADER_BYTES
             length = feed.receive(self._view[body : body + max_bytes])
             if length == NOTHING:
@@ -365,10 +255,8 @@ class Daemon:
     def _take_answers(self) -> None:
         for feed in self._feeds:
             for payload in feed.answers():
-                if wire.template_id(payload) == wire.REJECT:
-                    self._note_definition(payload)
-                    continue
-                self._take(tape.MARKET, self.now_ns(), payload)
+                if wire.template_id(payload) != wire.REJECT:
+                    self._take(tape.MARKET, self.now_ns(), payload)
 
     def _tick(self) -> None:
         """Timer: one event on the tape, snapshots asked for again, state published."""
@@ -441,9 +329,9 @@ class Daemon:
 
         timers = [loop.call_soon(on_slow_poll), loop.call_soon(on_timer)]
         for feed in self._feeds:
-            loop.add_reader(feed.sub.getsockopt(zmq.FD), on_feed, feed)
+            loop.add_reader(feed.sub_fd, on_feed, feed)
             if feed.dealer is not None:
-                loop.add_reader(feed.dealer.getsockopt(zmq.FD), self._take_answers)
+                loop.add_reader(feed.dealer_fd, self._take_answers)
         loop.add_reader(self.publisher.fd, self.publisher.serve_joins)
         try:
             if self.config.loop.busy_poll:
@@ -463,9 +351,9 @@ class Daemon:
             for timer in timers:
                 timer.cancel()
             for feed in self._feeds:
-                loop.remove_reader(feed.sub.getsockopt(zmq.FD))
+                loop.remove_reader(feed.sub_fd)
                 if feed.dealer is not None:
-                    loop.remove_reader(feed.dealer.getsockopt(zmq.FD))
+                    loop.remove_reader(feed.dealer_fd)
             loop.remove_reader(self.publisher.fd)
             gc.enable()
             gc.unfreeze()

@@ -73,6 +73,17 @@ class FeedConnection:
                 fix="correct the [[feed]] of the config",
             ) from None
 
+    @property
+    def sub_fd(self) -> int:
+        """File descriptor of the SUB socket, edge-triggered."""
+        return int(self.sub.getsockopt(zmq.FD))
+
+    @property
+    def dealer_fd(self) -> int:
+        """File descriptor of the DEALER socket, edge-triggered; only where there is one."""
+        assert self.dealer is not None
+        return int(self.dealer.getsockopt(zmq.FD))
+
     def receive(self, view: memoryview) -> int:
         """Receive one message's payload into ``view`` without waiting.
 

@@ -159,7 +159,7 @@ class Pipeline:
             )
             for venue, symbol in names
         ]
-        self._views: Final = [memoryview(message) for message in self._messages]
+        self._views: Final = [message.data for message in self._messages]
 
     def advance(self, buf: np.ndarray, at: int, stop: int) -> int:
         """Consume whole tape records of ``buf[at:stop]``; see `engine.advance.advance`.

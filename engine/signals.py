@@ -19,7 +19,7 @@ from feeds.rawbytes import store_f32, store_i64, store_u8, store_u16, store_u32
 
 # Offsets from the message's first byte; the schema's plus the 8 bytes of the SBE header.
 _AT: Final = {
-    name: wire.HEADER_BYTES + offset for name, (_, offset, *_) in wire.SIGNAL_DTYPE.fields.items()
+    name: wire.HEADER_BYTES + field[1] for name, field in (wire.SIGNAL_DTYPE.fields or {}).items()
 }
 AT_SIGNAL_SEQ: Final = _AT["signal_seq"]
 AT_SOURCE_EPOCH: Final = _AT["source_epoch"]

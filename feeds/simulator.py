@@ -306,7 +306,7 @@ class Simulator:
         topics = [topic("l2", x.venue, x.symbol) for x in self.instruments]
         for buf, at, stop, _ in self.chunks(messages, seconds):
             while at < stop:
-                (length,) = struct.unpack_from("<I", buf, at + 4)
+                (length,) = struct.unpack_from("<I", buf.data, at + 4)
                 body = at + RECORD_HEADER_BYTES
                 payload = buf[body : body + length].tobytes()
                 (instrument,) = struct.unpack_from("<I", payload, 12)

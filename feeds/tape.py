@@ -475,7 +475,7 @@ class TapeReader:
             _skip(stream, self.data_offset)
             while True:
                 try:
-                    got = _read_into(stream, memoryview(buf)[filled:])
+                    got = _read_into(stream, buf.data[filled:])
                 except zstandard.ZstdError as error:
                     raise self._error("damaged zstd data", position, records, str(error)) from None
                 filled += got
@@ -537,10 +537,10 @@ class TapeReader:
     def records(self, *, allow_truncated: bool = False) -> Iterator[Record]:
         """Yield single records (cold path); errors as in `chunks`."""
         for chunk in self.chunks(allow_truncated=allow_truncated):
-            view = memoryview(chunk.buf)
+            view = chunk.buf.data
             at = chunk.start
             while at < chunk.stop:
-                length, recv_ns, kind, flags = struct.unpack_from("<IqHH", chunk.buf, at + 4)
+                length, recv_ns, kind, flags = struct.unpack_from("<IqHH", chunk.buf.data, at + 4)
                 body = at + RECORD_HEADER_BYTES
                 yield Record(
                     chunk.file_offset + at - chunk.start,

@@ -126,6 +126,7 @@ TRADE_DTYPE: Final = np.dtype(
         ("padding", "V7"),
     ]
 )
+REJECT_DTYPE: Final = np.dtype([("venue", "S16"), ("symbol", "S32"), ("reason", "S128")])
 LEVEL_DTYPE: Final = np.dtype([("price_ticks", "<i8"), ("quantity_lots", "<i8")])
 SIGNAL_DTYPE: Final = np.dtype(
     [
@@ -198,7 +199,8 @@ ALERT_DTYPE: Final = np.dtype(
 assert INSTRUMENT_DTYPE.itemsize == INSTRUMENT_BLOCK
 assert TRADE_DTYPE.itemsize == TRADE_BLOCK
 assert SIGNAL_DTYPE.itemsize == SIGNAL_BLOCK
-assert (SIGNAL_DTYPE.fields or {})["engine_epoch"][1] == SIGNAL_CANONICAL_BLOCK
+assert SIGNAL_DTYPE.fields is not None
+assert SIGNAL_DTYPE.fields["engine_epoch"][1] == SIGNAL_CANONICAL_BLOCK
 assert ENGINE_STATE_DTYPE.itemsize == ENGINE_STATE_BLOCK
 assert ALERT_DTYPE.itemsize == ALERT_BLOCK
 
@@ -548,7 +550,7 @@ def decode_block(message: bytes | memoryview | np.ndarray, dtype: np.dtype) -> n
     return np.frombuffer(message, dtype=dtype, count=1, offset=HEADER_BYTES)[0]
 
 
-def decode_levels(message: bytes | memoryview | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def decode_levels(message: bytes | memoryview) -> tuple[np.ndarray, np.ndarray]:
     """Bids and asks of a Snapshot or Delta, each of `LEVEL_DTYPE`, as views."""
     at = HEADER_BYTES + int.from_bytes(bytes(message[0:2]), "little")
     sides = []
@@ -561,7 +563,7 @@ def decode_levels(message: bytes | memoryview | np.ndarray) -> tuple[np.ndarray,
     return sides[0], sides[1]
 
 
-def decode_outputs(message: bytes | memoryview | np.ndarray) -> np.ndarray:
+def decode_outputs(message: bytes | memoryview) -> np.ndarray:
     """Model outputs of a Signal, float32 of shape (n,), as a view."""
     at = HEADER_BYTES + int.from_bytes(bytes(message[0:2]), "little")
     _, count = _GROUP.unpack_from(message, at)

@@ -1,4 +1,4 @@
-"""Where the tests find real market data: OCTICK_DATA, else ``../shared/data`` beside the checkout."""
+"""Where tests find recorded market data: OCTICK_DATA, else ``shared/data`` by the checkout."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from decimal import Decimal
+from itertools import pairwise
 
 import numpy as np
 
@@ -109,7 +110,7 @@ class Run:
             )
             bounds.append(at)
         cuts = sorted({bounds[len(bounds) * k // pieces] for k in range(pieces)} | {len(data)})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             buf = view[start:stop].copy()
             position = 0
             while position < len(buf):

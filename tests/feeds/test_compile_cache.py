@@ -11,7 +11,15 @@ from feeds.compile_cache import MAX_FOLDERS, cache_folder, kernel_hash, kernel_s
 from tests.conftest import ROOT
 
 CONSTANT = "NUMBER = {}\n"
-CALLEE = "from numba import njit\nfrom feeds import (\n    constant,\n)\n@njit('int64()', cache=True)\ndef number():\n    return {} * constant.NUMBER\n"
+CALLEE = """\
+from numba import njit
+from feeds import (
+    constant,
+)
+@njit('int64()', cache=True)
+def number():
+    return {} * constant.NUMBER
+"""
 CALLER = (
     "from numba import njit\nfrom feeds.callee import number\n"
     "@njit('int64()', cache=True)\ndef twice():\n    return 2 * number()\n"

@@ -17,7 +17,7 @@ import pytest
 from feeds.tape import SIGNAL, TapeReader
 from tests.conftest import ROOT
 
-READY_S = 60.0
+READY_S = 180.0
 SYMBOLS = ("ALPHA", "BETA", "GAMMA")
 
 
@@ -127,7 +127,7 @@ def test_a_recorded_session_replays_to_the_same_signals(
     engine = processes.engine(processes.config(reference_bundle))
     seen = processes.folder / "seen.jsonl"
     watcher = processes.start("subscribe", processes.endpoint("signals"), "--json", out=seen)
-    market.communicate(timeout=60)
+    market.communicate(timeout=READY_S)
     totals = stop(engine)
     assert totals["lost"] == totals["gaps"] == totals["rejected"] == 0
     assert totals["tradable"] > 1_000
@@ -148,7 +148,7 @@ def test_a_session_with_faults_heals_and_still_replays(
     options = [word for fault in faults for word in ("--fault", fault)]
     market = processes.market("--rate", "600", "--seconds", "8", *options)
     engine = processes.engine(processes.config(reference_bundle))
-    out, err = market.communicate(timeout=60)
+    out, err = market.communicate(timeout=READY_S)
     injected = json.loads(out.splitlines()[-1])["faults"]
     assert sum(injected.values()) > 10, err
     totals = stop(engine)
@@ -167,7 +167,7 @@ def test_a_session_with_faults_heals_and_still_replays(
 def test_a_late_joiner_gets_the_state_first(processes: Processes, reference_bundle: Path) -> None:
     market = processes.market("--rate", "400", "--seconds", "60")
     first = processes.engine(processes.config(reference_bundle), "--no-tape", "--seconds", "1")
-    first.communicate(timeout=60)
+    first.communicate(timeout=READY_S)
     engine = processes.engine(processes.config(reference_bundle))
     processes.wait_for_records(200)
     totals = stop(engine, signal.SIGTERM)
@@ -214,7 +214,7 @@ def test_a_daemon_that_cannot_start_says_why_in_one_line(
     config = processes.config(reference_bundle)
     config.write_text(config.read_text().replace(*change))
     engine = processes.start("run", str(config))
-    out, err = engine.communicate(timeout=60)
+    out, err = engine.communicate(timeout=READY_S)
     assert engine.returncode == 2
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, err
@@ -227,6 +227,6 @@ def test_a_taken_endpoint_is_named(processes: Processes, reference_bundle: Path)
     config = processes.config(reference_bundle)
     processes.engine(config, "--no-tape")
     second = processes.start("run", str(config), "--no-tape")
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=READY_S)
     assert second.returncode == 2
     assert processes.endpoint("signals") in err
