@@ -285,7 +285,8 @@ def _note(line: str, last: dict[str, dict[str, Any]], counts: dict[str, int]) ->
 
 def _recorded_digest(path: Path) -> str:
     from engine.digest import Digest
-    from feeds.tape import SIGNAL, TapeReader
+    from feeds.tape import SIGNAL
+    from feeds.tape_reader import TapeReader
 
     digest = Digest()
     for record in TapeReader(path).records():

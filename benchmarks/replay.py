@@ -34,7 +34,7 @@ from engine.digest import Digest
 from engine.jitter import measure_jitter
 from engine.pipeline import Pipeline
 from feeds.errors import InputError
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 from replay.session import choose_config
 
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -32,7 +32,7 @@ from engine.recorder import Recorder, ScratchTape, open_recorder
 from engine.run_report import Totals
 from engine.signals import AT_BOOK_STATE
 from engine.trust import BOOK_STATES, SYNCED
-from feeds import tape, wire
+from feeds import codec, tape, wire
 from feeds.errors import InputError
 
 STATE_EVERY_NS: Final = 1_000_000_000
@@ -75,8 +75,8 @@ class Daemon:
         )
         self.pipeline = Pipeline(config, self.bundle, self._backend, engine_epoch=self.epoch)
         names = self.pipeline.names
-        self._topics = [wire.topic("signal", *name) for name in names]
-        self._alert_topics = [wire.topic("alert", *name) for name in names]
+        self._topics = [codec.topic("signal", *name) for name in names]
+        self._alert_topics = [codec.topic("alert", *name) for name in names]
         self._context: zmq.Context[Any] = zmq.Context()
         self._feeds: list[FeedConnection] = []
         self._recorder: Recorder | None = None
@@ -160,10 +160,10 @@ class Daemon:
         venue, symbol = pipeline.names[0]
         one = Decimal(1)
         for message in (
-            wire.encode_instrument(0, 0, 1, 0, venue, symbol, one, one),
-            wire.encode_book(wire.SNAPSHOT, 0, 0, 1, 1, 0, 0, [(1, 1)], [(2, 1)]),
-            wire.encode_book(wire.DELTA, 0, 0, 1, 2, 0, 0, [(1, 2)], []),
-            wire.encode_trade(0, 0, 1, 3, 0, 0, 2, 1, 1, wire.AGGRESSOR_BUY),
+            codec.encode_instrument(0, 0, 1, 0, venue, symbol, one, one),
+            codec.encode_book(wire.SNAPSHOT, 0, 0, 1, 1, 0, 0, [(1, 1)], [(2, 1)]),
+            codec.encode_book(wire.DELTA, 0, 0, 1, 2, 0, 0, [(1, 2)], []),
+            codec.encode_trade(0, 0, 1, 3, 0, 0, 2, 1, 1, wire.AGGRESSOR_BUY),
         ):
             at = scratch.append(tape.MARKET, 0, message)
             pipeline.advance(scratch.arena, at, scratch.position)
@@ -255,13 +255,13 @@ class Daemon:
     def _take_answers(self) -> None:
         for feed in self._feeds:
             for payload in feed.answers():
-                if wire.template_id(payload) != wire.REJECT:
+                if codec.template_id(payload) != wire.REJECT:
                     self._take(tape.MARKET, self.now_ns(), payload)
 
     def _tick(self) -> None:
         """Timer: one event on the tape, snapshots asked for again, state published."""
         now = self.now_ns()
-        self._take(tape.TIMER, now, wire.encode_timer(now))
+        self._take(tape.TIMER, now, codec.encode_timer(now))
         self._request_snapshots()
         if now >= self._next_state_ns:
             self._next_state_ns = now + STATE_EVERY_NS

@@ -9,7 +9,7 @@ import zmq
 from zmq.backend import Socket as BackendSocket
 
 from engine.config import FeedConfig, LimitsConfig
-from feeds import wire
+from feeds import codec
 from feeds.errors import InputError
 
 MAX_TOPIC_BYTES: Final = 256
@@ -56,7 +56,7 @@ class FeedConnection:
         self.sub.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
         self.sub.setsockopt(zmq.LINGER, 0)
         for venue, symbol in names:
-            self.sub.setsockopt(zmq.SUBSCRIBE, wire.topic("l2", venue, symbol))
+            self.sub.setsockopt(zmq.SUBSCRIBE, codec.topic("l2", venue, symbol))
         self.dealer: zmq.Socket[Any] | None = None
         try:
             self.sub.connect(config.endpoint)
@@ -113,7 +113,7 @@ class FeedConnection:
         if self.dealer is None:
             return False
         try:
-            self.dealer.send(wire.encode_snapshot_request(venue, symbol), zmq.NOBLOCK)
+            self.dealer.send(codec.encode_snapshot_request(venue, symbol), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

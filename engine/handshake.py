@@ -14,7 +14,7 @@ import zmq
 
 from engine.config import LimitsConfig
 from engine.feed import MALFORMED, NOTHING, FeedConnection
-from feeds import tape, wire
+from feeds import codec, tape, wire
 from feeds.errors import InputError
 
 NOTICE_EVERY_NS: Final = 2_000_000_000
@@ -113,7 +113,7 @@ class Handshake:
         del self.early[:-MAX_EARLY_MESSAGES]
 
     def _take(self, payload: bytes) -> None:
-        template = wire.template_id(payload)
+        template = codec.template_id(payload)
         if template == wire.REJECT:
             self._refuse(payload)
             return
@@ -121,7 +121,7 @@ class Handshake:
         if template != wire.INSTRUMENT:
             return
         try:
-            block = wire.decode_block(payload, wire.INSTRUMENT_DTYPE)
+            block = codec.decode_block(payload, wire.INSTRUMENT_DTYPE)
         except InputError:
             return  # the pipeline counts it as malformed
         name = (
@@ -134,13 +134,13 @@ class Handshake:
                 symbol=name[1],
                 source_id=int(block["source_id"]),
                 instrument_id=int(block["instrument_id"]),
-                tick=wire.decimal_text(block["tick_mantissa"], block["tick_exponent"]),
-                lot=wire.decimal_text(block["lot_mantissa"], block["lot_exponent"]),
+                tick=codec.decimal_text(block["tick_mantissa"], block["tick_exponent"]),
+                lot=codec.decimal_text(block["lot_mantissa"], block["lot_exponent"]),
             )
 
     def _refuse(self, payload: bytes) -> None:
         try:
-            block = wire.decode_block(payload, wire.REJECT_DTYPE)
+            block = codec.decode_block(payload, wire.REJECT_DTYPE)
         except InputError:
             return
         venue, symbol, reason = (

@@ -28,7 +28,7 @@ from engine.trust import (
     REASON_INFERENCE_FAILED,
     REASONS,
 )
-from feeds import sync, wire
+from feeds import codec, sync, wire
 from feeds.errors import InputError
 
 _SYNC_COUNTERS: Final = {
@@ -106,8 +106,8 @@ class Pipeline:
         self.suppressed: Final = dict.fromkeys((name for _, name in REASONS), 0)
         self._backend = backend
         keys = b"".join(
-            wire.ascii_field(venue, 16, "config key 'instrument.venue'")
-            + wire.ascii_field(symbol, 32, "config key 'instrument.symbol'")
+            codec.ascii_field(venue, 16, "config key 'instrument.venue'")
+            + codec.ascii_field(symbol, 32, "config key 'instrument.symbol'")
             for venue, symbol in names
         )
         self._keys: Final = np.frombuffer(keys, dtype=np.uint8).reshape(n, 48).copy()

@@ -12,7 +12,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from feeds.tape import MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, TapeMeta, TapeWriter, put_record
+from feeds.tape import MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, TapeMeta, put_record
+from feeds.tape_writer import TapeWriter
 
 SCRATCH_BYTES: Final = 1 << 25
 

@@ -14,7 +14,7 @@ from engine.trust import (
     PRECISION_NONE,
     REASON_VALUE_CHECK,
 )
-from feeds import wire
+from feeds import codec, wire
 from feeds.rawbytes import store_f32, store_i64, store_u8, store_u16, store_u32
 
 # Offsets from the message's first byte; the schema's plus the 8 bytes of the SBE header.
@@ -83,16 +83,16 @@ def signal_template(
     ndarray of uint8, shape (AT_OUTPUTS + 4 * n_outputs,)
     """
     block = np.zeros(1, dtype=wire.SIGNAL_DTYPE)
-    block["venue"] = wire.ascii_field(venue, 16, "venue")
-    block["symbol"] = wire.ascii_field(symbol, 32, "symbol")
+    block["venue"] = codec.ascii_field(venue, 16, "venue")
+    block["symbol"] = codec.ascii_field(symbol, 32, "symbol")
     block["model_hash"] = model_hash
     block["config_hash"] = config_hash
     block["feature_hash"] = feature_hash
     block["code_hash"] = code_hash
     block["engine_epoch"] = engine_epoch
-    block["backend"] = wire.ascii_field(backend, 16, "backend")
+    block["backend"] = codec.ascii_field(backend, 16, "backend")
     group = wire.OUTPUT_BYTES.to_bytes(2, "little") + n_outputs.to_bytes(2, "little")
-    data = wire.header(wire.SIGNAL, wire.SIGNAL_BLOCK) + block.tobytes() + group
+    data = codec.header(wire.SIGNAL, wire.SIGNAL_BLOCK) + block.tobytes() + group
     data += bytes(wire.OUTPUT_BYTES * n_outputs)
     return np.frombuffer(data, dtype=np.uint8).copy()
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from feeds import wire
+from feeds import codec, wire
 
 STATE_TOPIC: Final = b"state.engine"
 
@@ -21,7 +21,7 @@ def encode_state(values: Mapping[str, int]) -> bytes:
     block = np.zeros(1, dtype=wire.ENGINE_STATE_DTYPE)
     for name in wire.ENGINE_STATE_DTYPE.names or ():
         block[name] = values[name]
-    return wire.header(wire.ENGINE_STATE, wire.ENGINE_STATE_BLOCK) + block.tobytes()
+    return codec.header(wire.ENGINE_STATE, wire.ENGINE_STATE_BLOCK) + block.tobytes()
 
 
 def encode_alert(
@@ -36,4 +36,4 @@ def encode_alert(
     block["symbol"] = symbol.encode()
     block["severity"] = severity
     block["text"] = text.encode("ascii", "replace")[:128]
-    return wire.header(wire.ALERT, wire.ALERT_BLOCK) + block.tobytes()
+    return codec.header(wire.ALERT, wire.ALERT_BLOCK) + block.tobytes()

@@ -106,7 +106,7 @@ from feeds.binance_sync import (
 from feeds.conversion import Conversion, Target
 from feeds.errors import InputError
 from feeds.recording import Recording
-from feeds.tape import TapeWriter
+from feeds.tape_writer import TapeWriter
 from feeds.wire import DELTA
 from feeds.wire import SNAPSHOT as SNAPSHOT_MESSAGE
 

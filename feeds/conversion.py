@@ -12,12 +12,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from feeds import tape, wire
+from feeds import codec, tape
 from feeds.crc32c import crc32c
 from feeds.errors import InputError
 from feeds.json_scan import MAX_DECIMALS
 from feeds.recording import Recording
-from feeds.tape import InstrumentMeta, TapeMeta, TapeWriter
+from feeds.tape import InstrumentMeta, TapeMeta
+from feeds.tape_writer import TapeWriter
 
 SOURCE_IDS: Final = {
     "binance-usdm": 1,
@@ -92,7 +93,7 @@ class Target:
 
     def open(self, symbol: str, tick: str, lot: str, created_ns: int) -> TapeWriter:
         """Start the tape, or start it over, with its Instrument message."""
-        wire.ascii_field(symbol, 32, f"{self.recording.path}: symbol")
+        codec.ascii_field(symbol, 32, f"{self.recording.path}: symbol")
         if self._writer is not None:
             self._writer.close()
             self._overwrite = True
@@ -106,7 +107,7 @@ class Target:
         self._writer.append(
             tape.MARKET,
             created_ns,
-            wire.encode_instrument(
+            codec.encode_instrument(
                 source,
                 number,
                 1,

@@ -16,7 +16,8 @@ import numpy as np
 from feeds import outgoing
 from feeds.simulator import Simulator
 from feeds.snapshots import Book, BookFold
-from feeds.tape import Chunk, InstrumentMeta, TapeReader
+from feeds.tape import InstrumentMeta
+from feeds.tape_reader import Chunk, TapeReader
 
 SIMULATOR_CHUNK_BYTES: Final = 1 << 16
 LOOP_PAUSE_NS: Final = 1_000_000  # between the end of a tape and its next pass

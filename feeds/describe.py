@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.errors import InputError
 
 NAMES: Final = {
@@ -58,22 +58,22 @@ def describe(message: bytes | memoryview) -> dict[str, Any]:
     is None. What the schema does not know, or what is cut short, is given as hex under ``bytes``.
     """
     data = bytes(message)
-    template = wire.template_id(data)
+    template = codec.template_id(data)
     dtype = BLOCKS.get(template)
     out: dict[str, Any] = {"message": template_name(template)}
     try:
         if dtype is None:
             raise InputError("unknown template", where="wire", found=str(template))
-        block = wire.decode_block(data, dtype)
+        block = codec.decode_block(data, dtype)
         for name in dtype.names or ():
             if not name.startswith("padding"):
                 out[name] = _plain(name, block[name].item())
         if template in (wire.SNAPSHOT, wire.DELTA):
-            bids, asks = wire.decode_levels(data)
+            bids, asks = codec.decode_levels(data)
             out["bids"] = [list(level) for level in bids.tolist()]
             out["asks"] = [list(level) for level in asks.tolist()]
         elif template == wire.SIGNAL:
-            outputs = wire.decode_outputs(data).tolist()
+            outputs = codec.decode_outputs(data).tolist()
             out["outputs"] = [value if value == value else None for value in outputs]
     except (InputError, AssertionError, ValueError, struct.error):
         return {"message": out["message"], "bytes": data.hex()}

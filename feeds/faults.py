@@ -23,7 +23,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.errors import InputError
 
 KINDS: Final = ("drop", "duplicate", "reorder", "reset", "cross", "stall")
@@ -163,7 +163,7 @@ class FaultInjector:
         if state is None:
             state = self._states[topic] = _State()
             self._random[topic] = random.Random(f"{self._seed}.{topic.decode()}")
-        template = wire.template_id(payload)
+        template = codec.template_id(payload)
         if template not in (wire.SNAPSHOT, wire.DELTA, wire.TRADE):
             if state.stall_left:
                 return []
@@ -262,14 +262,14 @@ def _possible(fault: Fault, state: _State, payload: bytes) -> bool:
 
 
 def _can_cross(payload: bytes) -> bool:
-    if wire.template_id(payload) != wire.DELTA:
+    if codec.template_id(payload) != wire.DELTA:
         return False
-    return any(quantity > 0 for _, quantity in wire.decode_levels(payload)[1].tolist())
+    return any(quantity > 0 for _, quantity in codec.decode_levels(payload)[1].tolist())
 
 
 def _with_cross(payload: bytes, state: _State, crossing: bool) -> bytes:
     """The Delta without the last crossing bid, and with a new one if asked."""
-    bids, asks = (levels.tolist() for levels in wire.decode_levels(payload))
+    bids, asks = (levels.tolist() for levels in codec.decode_levels(payload))
     if state.crossed_ticks:
         # The true book has no bid there: it was above its best ask one Delta ago.
         if all(price != state.crossed_ticks for price, _ in bids):
@@ -281,5 +281,5 @@ def _with_cross(payload: bytes, state: _State, crossing: bool) -> bytes:
         bids.insert(0, (price, 1))
         state.crossed_ticks = price
     prefix = payload[wire.HEADER_BYTES : wire.AT_LEVELS]
-    changed = wire.encode_book(wire.DELTA, 0, 0, 0, 0, 0, 0, bids, asks)
+    changed = codec.encode_book(wire.DELTA, 0, 0, 0, 0, 0, 0, bids, asks)
     return changed[: wire.HEADER_BYTES] + prefix + changed[wire.AT_LEVELS :]

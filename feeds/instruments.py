@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numba import njit
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.describe import field_offset
 from feeds.rawbytes import load_i8, load_i64, load_u16
 from feeds.tape import InstrumentMeta
@@ -122,8 +122,8 @@ class InstrumentTable:
         self.steps = np.zeros((capacity, STEP_FIELDS), dtype=np.int64)
         self.state = np.zeros(STATE_FIELDS, dtype=np.int64)
         for row, item in enumerate(instruments):
-            name = wire.ascii_field(item.venue, 16, "tape header: venue")
-            name += wire.ascii_field(item.symbol, 32, "tape header: symbol")
+            name = codec.ascii_field(item.venue, 16, "tape header: venue")
+            name += codec.ascii_field(item.symbol, 32, "tape header: symbol")
             self.names[row * NAME_BYTES : (row + 1) * NAME_BYTES] = np.frombuffer(name, np.uint8)
             key = np.uint64(item.source_id << 32 | item.instrument_id)
             self.keys[row] = key.view(np.int64)
@@ -159,6 +159,6 @@ class InstrumentTable:
 
 def _parts(text: str) -> tuple[int, int]:
     try:
-        return wire.decimal_parts(Decimal(text))
+        return codec.decimal_parts(Decimal(text))
     except (InvalidOperation, AssertionError):
         return 0, 0  # the header did not know it yet

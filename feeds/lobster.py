@@ -22,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.conversion import Conversion, Target, grid
 from feeds.errors import InputError
 from feeds.lobster_files import (
@@ -43,7 +43,8 @@ from feeds.lobster_files import (
 )
 from feeds.lobster_names import Files, find_files
 from feeds.recording import Recording
-from feeds.tape import MARKET, TapeWriter
+from feeds.tape import MARKET
+from feeds.tape_writer import TapeWriter
 
 TICKS_A_DOLLAR: Final = 10_000
 
@@ -168,7 +169,7 @@ class _Scribe:
     def _book(self, template: int, time_ns: int, sides: tuple[list[tuple[int, int]], ...]) -> None:
         self.seq += 1
         self._append(
-            wire.encode_book(
+            codec.encode_book(
                 template, *self._ids, 1, self.seq, time_ns, time_ns, sides[BID], sides[ASK]
             )
         )
@@ -182,7 +183,7 @@ class _Scribe:
         self.seq += 1
         self.counts["trades"] += 1
         self._append(
-            wire.encode_trade(
+            codec.encode_trade(
                 *self._ids, 1, self.seq, time_ns, time_ns, price, size, step.line, aggressor
             )
         )

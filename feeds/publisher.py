@@ -19,14 +19,14 @@ import msgspec
 import numpy as np
 import zmq
 
-from feeds import outgoing, wire
+from feeds import codec, outgoing, wire
 from feeds.departures import Batch, Departures
 from feeds.errors import InputError
 from feeds.faults import Fault, FaultInjector
 from feeds.outlet import SEND_HWM, TOPIC_FLAGS, Outlet
 from feeds.simulator import Simulator
 from feeds.snapshots import SnapshotService
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 
 HEARTBEAT_NS: Final = 1_000_000_000
 PROGRESS_NS: Final = 250_000_000
@@ -132,7 +132,7 @@ class Publisher:
             loop=loop,
         )
         self.instruments = self._departures.instruments
-        self._topics = [wire.topic("l2", x.venue, x.symbol) for x in self.instruments]
+        self._topics = [codec.topic("l2", x.venue, x.symbol) for x in self.instruments]
         self._speed = speed
         self._messages = messages
         self._seconds = seconds
@@ -181,7 +181,7 @@ class Publisher:
                 continue
             self._send(
                 self._topics[slot],
-                wire.encode_instrument(
+                codec.encode_instrument(
                     meta.source_id,
                     meta.instrument_id,
                     epoch,
@@ -204,7 +204,7 @@ class Publisher:
             if epoch < 0:
                 continue
             key = (meta.source_id, meta.instrument_id, epoch, seq)
-            self._send(topic, wire.encode_heartbeat(*key, exchange_ns, exchange_ns))
+            self._send(topic, codec.encode_heartbeat(*key, exchange_ns, exchange_ns))
             self.totals.heartbeats += 1
 
     # Between sends.

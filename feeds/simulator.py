@@ -16,18 +16,12 @@ import numpy as np
 
 from feeds import market_state as flow
 from feeds import order_flow
+from feeds.codec import encode_instrument, topic
 from feeds.errors import InputError
-from feeds.tape import (
-    MARKET,
-    RECORD_HEADER_BYTES,
-    Chunk,
-    InstrumentMeta,
-    TapeMeta,
-    TapeWriter,
-    padded,
-    put_record,
-)
-from feeds.wire import HEADER_BYTES, INSTRUMENT_BLOCK, encode_instrument, topic
+from feeds.tape import MARKET, RECORD_HEADER_BYTES, InstrumentMeta, TapeMeta, padded, put_record
+from feeds.tape_reader import Chunk
+from feeds.tape_writer import TapeWriter
+from feeds.wire import HEADER_BYTES, INSTRUMENT_BLOCK
 
 VENUE: Final = "sim"
 SOURCE_ID: Final = 1

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import zmq
 
-from feeds import outgoing, wire
+from feeds import codec, outgoing, wire
 from feeds.tape import InstrumentMeta
 
 MAX_PENDING_ROWS: Final = 1 << 17
@@ -175,23 +175,23 @@ class SnapshotService:
         return MAX_REQUESTS_A_TURN
 
     def _answers(self, request: bytes) -> list[list[bytes]]:
-        if wire.template_id(request) != wire.SNAPSHOT_REQUEST or len(request) < 56:
+        if codec.template_id(request) != wire.SNAPSHOT_REQUEST or len(request) < 56:
             self.rejected += 1
-            reject = wire.encode_reject(b"", b"", "not a SnapshotRequest of this schema")
-            return [[wire.topic("l2", "", ""), reject]]
+            reject = codec.encode_reject(b"", b"", "not a SnapshotRequest of this schema")
+            return [[codec.topic("l2", "", ""), reject]]
         venue_bytes = request[8:24].rstrip(b"\0")
         symbol_bytes = request[24:56].rstrip(b"\0")
         venue, symbol = (x.decode("ascii", "replace") for x in (venue_bytes, symbol_bytes))
-        topic = wire.topic("l2", venue, symbol)
+        topic = codec.topic("l2", venue, symbol)
         slot = self._slots.get((venue, symbol))
         if slot is None:
             self.rejected += 1
-            return [[topic, wire.encode_reject(venue_bytes, symbol_bytes, self._unknown())]]
+            return [[topic, codec.encode_reject(venue_bytes, symbol_bytes, self._unknown())]]
         book = self._book(slot)
         if not book.known:
             self.rejected += 1
             reason = "book unknown until the source's next snapshot"
-            return [[topic, wire.encode_reject(venue_bytes, symbol_bytes, reason)]]
+            return [[topic, codec.encode_reject(venue_bytes, symbol_bytes, reason)]]
         self.served += 1
         meta = self._instruments[slot]
         epoch, seq, exchange_ns = self._numbers(slot)
@@ -203,10 +203,10 @@ class SnapshotService:
             "exchange_time_ns": exchange_ns,
             "source_time_ns": exchange_ns,
         }
-        instrument = wire.encode_instrument(
+        instrument = codec.encode_instrument(
             venue=venue, symbol=symbol, tick=Decimal(meta.tick), lot=Decimal(meta.lot), **keys
         )
-        snapshot = wire.encode_book(wire.SNAPSHOT, bids=book.bids, asks=book.asks, **keys)
+        snapshot = codec.encode_book(wire.SNAPSHOT, bids=book.bids, asks=book.asks, **keys)
         return [[topic, instrument], [topic, snapshot]]
 
     def _unknown(self) -> str:

@@ -15,7 +15,7 @@ from numba import njit
 from feeds import tape, wire
 from feeds.describe import describe, differences, field_offset
 from feeds.rawbytes import load_i64, load_u16, load_u32
-from feeds.tape import Chunk, TapeReader
+from feeds.tape_reader import Chunk, TapeReader
 
 ANY_KIND: Final = 0
 

@@ -33,7 +33,7 @@ from feeds.signal_table import (
     signal_batch,
     timestamps,
 )
-from feeds.tape import Chunk, TapeReader
+from feeds.tape_reader import Chunk, TapeReader
 
 TABLES: Final = ("book", "trades", "signals")
 

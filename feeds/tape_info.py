@@ -11,12 +11,13 @@ import msgspec
 import numpy as np
 from numba import njit
 
-from feeds import tape, wire
+from feeds import tape, tape_reader, wire
 from feeds.describe import NAMES, field_offset
 from feeds.errors import InputError
 from feeds.instruments import InstrumentTable, find_instrument, find_name
 from feeds.rawbytes import load_i64, load_u16, load_u32
-from feeds.tape import InstrumentMeta, TapeReader
+from feeds.tape import InstrumentMeta
+from feeds.tape_reader import TapeReader
 
 TEMPLATES: Final = 64  # ids beyond share the last slot
 KINDS: Final = 256  # the same
@@ -169,7 +170,7 @@ class Survey:
         self.table = np.zeros((len(self.instruments.keys) + 1, _COLUMNS), dtype=np.int64)
         self.totals = np.zeros(TOTALS, dtype=np.int64)
 
-    def add(self, chunk: tape.Chunk) -> None:
+    def add(self, chunk: tape_reader.Chunk) -> None:
         """Count in a chunk."""
         survey(
             chunk.buf,

@@ -12,7 +12,7 @@ import zstandard
 
 from feeds import tape
 from feeds.errors import InputError
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 
 SUFFIX: Final = ".zst"
 LEVEL: Final = 6

@@ -15,9 +15,10 @@ from engine import features
 from engine.config import BookConfig, Config, InstrumentConfig, LimitsConfig, TriggerConfig
 from engine.pipeline import Pipeline
 from engine.signals import AT_BEST_ASK, AT_BEST_BID, AT_EXCHANGE_TIME, AT_LAST_SEQ
+from feeds.codec import encode_instrument
 from feeds.errors import InputError
-from feeds.tape import MARKET, RECORD_HEADER_BYTES, Chunk, InstrumentMeta, padded, put_record
-from feeds.wire import encode_instrument
+from feeds.tape import MARKET, RECORD_HEADER_BYTES, InstrumentMeta, padded, put_record
+from feeds.tape_reader import Chunk
 from models.labels import smoothed_move
 
 BLOCK_ROWS: Final = 8_192

@@ -20,7 +20,7 @@ from engine.bundle import MANIFEST_NAME, Bundle, load_bundle
 from feeds.errors import InputError
 from feeds.optimum import bayes_accuracy
 from feeds.simulator import Simulator
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 from models.dataset import Normalisation, Rows, collect, time_split
 from models.export import float_model, int8_model, write_bundle
 from models.labels import CLASSES, balancing_threshold, classify

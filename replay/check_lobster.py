@@ -21,8 +21,8 @@ from engine.book import (
     new_books,
     side_levels,
 )
+from feeds import codec, wire
 from feeds import lobster_files as fl
-from feeds import wire
 from feeds.lobster_names import find_files
 from feeds.recording import Recording
 from replay.check import Difference, Verdict
@@ -74,7 +74,7 @@ class _Book:
 
 def _message(template: int, sides: list[list[list[int]]]) -> np.ndarray:
     pairs = [[(price, size) for price, size in side] for side in sides]
-    message = wire.encode_book(template, 0, 0, 1, 1, 0, 0, pairs[BID], pairs[ASK])
+    message = codec.encode_book(template, 0, 0, 1, 1, 0, 0, pairs[BID], pairs[ASK])
     return np.frombuffer(bytearray(message), dtype=np.uint8)
 
 

@@ -24,7 +24,8 @@ from numba import njit
 from feeds import tape, tape_info, wire
 from feeds.errors import InputError
 from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64, store_u32
-from feeds.tape import Chunk, TapeMeta, TapeReader
+from feeds.tape import TapeMeta
+from feeds.tape_reader import Chunk, TapeReader
 
 MAX_OPEN_TAPES: Final = 64
 MAX_SOURCES_A_TAPE: Final = 64

@@ -12,8 +12,9 @@ import msgspec
 from engine.digest import Digest, canonical
 from feeds import tape, wire
 from feeds.describe import describe, differences
-from feeds.tape import RECORD_HEADER_BYTES, TapeReader, padded
+from feeds.tape import RECORD_HEADER_BYTES, padded
 from feeds.tape_diff import next_of_kind
+from feeds.tape_reader import TapeReader
 
 # Fields of a Signal outside its canonical part: the digest and this comparison pass over them.
 _OUTSIDE: Final = frozenset(

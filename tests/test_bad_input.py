@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from feeds.simulator import Simulator
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 from tests.conftest import ROOT
 
 T = 1_700_000_000_000_000_000

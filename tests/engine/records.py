@@ -11,7 +11,7 @@ import numpy as np
 from engine.config import Config, default_config
 from engine.digest import Digest, canonical
 from engine.pipeline import Pipeline
-from feeds import tape, wire
+from feeds import codec, tape, wire
 
 VENUE = "test"
 SYMBOLS = ("A", "B")
@@ -20,7 +20,7 @@ START_NS = 1_700_000_000_000_000_000
 
 
 def definition(i: int, *, epoch: int = EPOCH, seq: int = 0) -> bytes:
-    return wire.encode_instrument(
+    return codec.encode_instrument(
         1, i, epoch, seq, VENUE, SYMBOLS[i], Decimal("0.01"), Decimal("1")
     )
 
@@ -37,7 +37,7 @@ def book(
     step_ns: int = 1_000_000,
 ) -> bytes:
     t = START_NS + seq * step_ns
-    return wire.encode_book(template, 1, i, epoch, seq, t, t, bids, asks, flags)
+    return codec.encode_book(template, 1, i, epoch, seq, t, t, bids, asks, flags)
 
 
 def ladder(middle: int, levels: int = 12) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -61,7 +61,7 @@ def flow(i: int, first: int, count: int, seed: int, middle: int = 1000) -> list[
             side = int(rng.integers(1, 3))
             price = middle + 1 if side == wire.AGGRESSOR_BUY else middle - 1
             lots = int(rng.integers(1, 9))
-            messages.append(wire.encode_trade(1, i, EPOCH, seq, t, t, price, lots, seq, side))
+            messages.append(codec.encode_trade(1, i, EPOCH, seq, t, t, price, lots, seq, side))
             continue
         k, quantity = int(rng.integers(0, 12) * rng.integers(0, 2)), int(rng.integers(1, 50))
         if rng.random() < 0.5:
@@ -75,7 +75,7 @@ def records(messages: Iterable[bytes], *, kinds: int = tape.MARKET, first_ns: in
     """Tape records of messages, received one microsecond apart; timers find their own kind."""
     out = bytearray()
     for n, message in enumerate(messages):
-        kind = tape.TIMER if wire.template_id(message) == wire.TIMER else kinds
+        kind = tape.TIMER if codec.template_id(message) == wire.TIMER else kinds
         size = tape.RECORD_HEADER_BYTES + tape.padded(len(message))
         buf = np.zeros(size, dtype=np.uint8)
         buf[tape.RECORD_HEADER_BYTES :][: len(message)] = np.frombuffer(message, dtype=np.uint8)
@@ -117,7 +117,7 @@ class Run:
                 position = self.pipeline.advance(buf, position, len(buf))
                 if self.pipeline.fired:
                     message = bytes(self.pipeline.answer())
-                    block = wire.decode_block(message, wire.SIGNAL_DTYPE)
+                    block = codec.decode_block(message, wire.SIGNAL_DTYPE)
                     self.signals.append(block)
                     self.digest.update(message)
                     symbol = block["symbol"].decode()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from feeds import wire
+from feeds import codec, wire
 
 EPOCH = 1_700_000_000_000_000_000
 
@@ -32,7 +32,7 @@ def encode_signal(
     body = record.tobytes().ljust(block, b"\7")
     group = len(outputs).to_bytes(2, "little")
     return (
-        wire.header(wire.SIGNAL, block)
+        codec.header(wire.SIGNAL, block)
         + body
         + wire.OUTPUT_BYTES.to_bytes(2, "little")
         + group
@@ -46,7 +46,7 @@ def encode_state(seq: int, *, epoch: int = EPOCH, **fields: Any) -> bytes:
     record["engine_epoch"], record["seq"] = epoch, seq
     for name, value in fields.items():
         record[name] = value
-    return wire.header(wire.ENGINE_STATE, wire.ENGINE_STATE_BLOCK) + record.tobytes()
+    return codec.header(wire.ENGINE_STATE, wire.ENGINE_STATE_BLOCK) + record.tobytes()
 
 
 def encode_alert(seq: int, text: str, *, epoch: int = EPOCH, **fields: Any) -> bytes:
@@ -56,4 +56,4 @@ def encode_alert(seq: int, text: str, *, epoch: int = EPOCH, **fields: Any) -> b
     record["severity"] = 2
     for name, value in fields.items():
         record[name] = value
-    return wire.header(wire.ALERT, wire.ALERT_BLOCK) + record.tobytes()
+    return codec.header(wire.ALERT, wire.ALERT_BLOCK) + record.tobytes()

@@ -10,7 +10,7 @@ from numba import njit
 from sortedcontainers import SortedDict
 
 from engine import book
-from feeds import wire
+from feeds import codec, wire
 
 OPERATIONS = int(os.environ.get("OCTICK_BOOK_OPERATIONS", "1000000"))
 
@@ -99,7 +99,7 @@ class OurBook:
         assert wire.check(buf, 0, len(buf)) == 0
         flow = np.zeros(book.FLOW_FIELDS, dtype=np.int64)
         arrays = (self.window, self.far, self.top, self.depth)
-        if wire.template_id(message) == wire.SNAPSHOT:
+        if codec.template_id(message) == wire.SNAPSHOT:
             book.apply_snapshot(*arrays, buf, 0)
         else:
             book.apply_levels(*arrays, flow, buf, 0)
@@ -107,11 +107,11 @@ class OurBook:
 
 
 def delta(bids: list[tuple[int, int]], asks: list[tuple[int, int]]) -> bytes:
-    return wire.encode_book(wire.DELTA, 1, 0, 1, 1, 0, 0, bids, asks)
+    return codec.encode_book(wire.DELTA, 1, 0, 1, 1, 0, 0, bids, asks)
 
 
 def snapshot(bids: list[tuple[int, int]], asks: list[tuple[int, int]]) -> bytes:
-    return wire.encode_book(wire.SNAPSHOT, 1, 0, 1, 1, 0, 0, bids, asks)
+    return codec.encode_book(wire.SNAPSHOT, 1, 0, 1, 1, 0, 0, bids, asks)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from engine import trust
 from engine.config import TriggerConfig, TrustConfig
-from feeds import tape, wire
+from feeds import codec, tape, wire
 from tests.engine.records import Run, book, config, definition, flow, ladder, opening, records
 
 A, B = 0, 1
@@ -117,7 +117,7 @@ def test_a_restarted_source_starts_over() -> None:
 def test_silence_makes_an_instrument_stale_and_its_next_message_mends_it() -> None:
     settings = config(trust=TrustConfig(stale_after_ns=1_000_000))
     run = Run(settings).take(records([*opening(A), *opening(B)]))
-    timer = wire.encode_timer(10_000_000)
+    timer = codec.encode_timer(10_000_000)
     run.take(records([timer], first_ns=10_000_000))
     assert states(run, "A") == ["SYNCED", "STALE"]
     assert states(run, "B") == ["SYNCED", "STALE"]
@@ -125,7 +125,7 @@ def test_silence_makes_an_instrument_stale_and_its_next_message_mends_it() -> No
     told = len(run.signals)
     run.take(records([timer], first_ns=10_000_001))
     assert len(run.signals) == told, "told once"
-    heartbeat = wire.encode_heartbeat(1, A, 1, 1, 0, 0)
+    heartbeat = codec.encode_heartbeat(1, A, 1, 1, 0, 0)
     run.take(records([heartbeat], first_ns=10_000_100))
     assert states(run, "A") == ["SYNCED", "STALE", "SYNCED"]
     assert states(run, "B") == ["SYNCED", "STALE"]
@@ -176,7 +176,7 @@ def test_malformed_and_foreign_messages_are_counted_and_change_nothing() -> None
     clean = Run().send(*messages)
     bad = book(wire.DELTA, A, 2, [(-5, 1)], [])
     cut = messages[10][:-5]
-    foreign = wire.encode_heartbeat(9, 9, 1, 4, 0, 0)
+    foreign = codec.encode_heartbeat(9, 9, 1, 4, 0, 0)
     torn = Run().send(*messages[:20], bad, cut, b"\x01", foreign, *messages[20:])
     assert torn.digest.hexdigest() == clean.digest.hexdigest()
     assert torn.pipeline.counters["rejected"] == 3

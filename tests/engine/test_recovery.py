@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from engine.config import default_config
-from feeds import wire
+from feeds import codec, wire
 from feeds.faults import Fault, FaultInjector, Message
 from feeds.simulator import SYMBOLS, VENUE, Simulator
 from tests.engine.records import Run
@@ -44,7 +44,7 @@ class Market:
         """Serve the snapshots that are wanted, as of the last message that was sent."""
         for slot in self.torn.pipeline.wanted_snapshots():
             venue, symbol = self.torn.pipeline.names[slot]
-            topic = wire.topic("l2", venue, symbol)
+            topic = codec.topic("l2", venue, symbol)
             if topic not in self.last or self.injector.stalled(topic):
                 continue
             epoch, seq = self.injector.numbers(topic, *self.last[topic])
@@ -54,7 +54,7 @@ class Market:
             ]
             instrument = self.simulator.instruments[SYMBOLS.index(symbol)].instrument_id
             self.torn.send(
-                wire.encode_book(
+                codec.encode_book(
                     wire.SNAPSHOT, 1, instrument, epoch, seq, 1, 1, *sides, wire.FLAG_ANSWER
                 )
             )
@@ -65,7 +65,7 @@ class Market:
         for topic, numbers in self.last.items():
             epoch, seq = self.injector.numbers(topic, *numbers)
             instrument = 0 if topic.endswith(FAULTED.encode()) else 1
-            self.torn.send(wire.encode_heartbeat(1, instrument, epoch, seq, 1, 1))
+            self.torn.send(codec.encode_heartbeat(1, instrument, epoch, seq, 1, 1))
         self.answer()
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from feeds import codec, wire
 from feeds import recording as recording_module
-from feeds import wire
 from feeds.convert import Converted, convert
 from feeds.errors import InputError
-from feeds.tape import MARKET, TapeReader
+from feeds.tape import MARKET
+from feeds.tape_reader import TapeReader
 from tests.feeds.mock_binance import MockBinance, edit, is_diff, is_snapshot, message, write
 
 VENUES = ("binance-usdm", "binance-coinm", "binance-spot")
@@ -31,15 +32,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     messages = []
     for record in TapeReader(path).records():
         assert record.kind == MARKET
-        template = wire.template_id(record.payload)
-        prefix = wire.decode_block(record.payload, wire.PREFIX_DTYPE)
+        template = codec.template_id(record.payload)
+        prefix = codec.decode_block(record.payload, wire.PREFIX_DTYPE)
         found = {name: int(prefix[name]) for name in prefix.dtype.names}
         found |= {"template": template, "recv_ns": record.recv_ns}
         if template in (wire.SNAPSHOT, wire.DELTA):
-            bids, asks = wire.decode_levels(record.payload)
+            bids, asks = codec.decode_levels(record.payload)
             found |= {"bids": bids.tolist(), "asks": asks.tolist()}
         elif template == wire.TRADE:
-            block = wire.decode_block(record.payload, wire.TRADE_DTYPE)
+            block = codec.decode_block(record.payload, wire.TRADE_DTYPE)
             for name in ("price_ticks", "quantity_lots", "trade_id", "aggressor"):
                 found[name] = int(block[name])
         messages.append(found)

@@ -16,7 +16,7 @@ from feeds.cli import convert as command
 from feeds.conversion import SOURCE_IDS, instrument_id
 from feeds.convert import convert, tape_path
 from feeds.errors import InputError
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 from tests.feeds.mock_binance import MockBinance, edit, is_diff, write
 
 VENUE = "binance-usdm"

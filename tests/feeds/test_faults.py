@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.errors import InputError
 from feeds.faults import KINDS, Fault, FaultInjector, parse_fault
 from feeds.simulator import Simulator
@@ -18,7 +18,7 @@ AT = 500
 
 def of(topic: bytes, stream: list[tuple[bytes, bytes]]) -> list[bytes]:
     """Messages of one instrument that take a seq."""
-    return [p for t, p in stream if t == topic and wire.template_id(p) != wire.INSTRUMENT]
+    return [p for t, p in stream if t == topic and codec.template_id(p) != wire.INSTRUMENT]
 
 
 def numbers(payload: bytes) -> tuple[int, int]:
@@ -109,9 +109,9 @@ def test_cross_lasts_one_delta_and_the_final_book_is_right() -> None:
         sides: list[dict[int, int]] = [{}, {}]
         crossed = 0
         for payload in payloads:
-            if wire.template_id(payload) == wire.TRADE:
+            if codec.template_id(payload) == wire.TRADE:
                 continue
-            for side, levels in zip(sides, wire.decode_levels(payload), strict=True):
+            for side, levels in zip(sides, codec.decode_levels(payload), strict=True):
                 for price, quantity in levels.tolist():
                     side[price] = quantity
                     if quantity == 0:

@@ -15,14 +15,15 @@ import pytest
 import zmq
 from click.testing import CliRunner, Result
 
-from feeds import outgoing, wire
+from feeds import codec, outgoing, wire
 from feeds.cli import publish
 from feeds.errors import InputError
 from feeds.faults import Fault
 from feeds.publisher import MAX_SPEED, Publisher
 from feeds.simulator import Simulator
 from feeds.snapshots import BookFold
-from feeds.tape import MARKET, InstrumentMeta, TapeMeta, TapeWriter
+from feeds.tape import MARKET, InstrumentMeta, TapeMeta
+from feeds.tape_writer import TapeWriter
 
 RECEIVE_TIMEOUT_MS = 20_000
 QUIET_MS = 200
@@ -36,15 +37,15 @@ def numbers(payload: bytes) -> tuple[int, int]:
 
 
 def takes_seq(payload: bytes) -> bool:
-    return wire.template_id(payload) in (wire.SNAPSHOT, wire.DELTA, wire.TRADE)
+    return codec.template_id(payload) in (wire.SNAPSHOT, wire.DELTA, wire.TRADE)
 
 
 def apply(book: Book, payload: bytes) -> None:
     """The naive book of these tests: two dicts."""
-    if wire.template_id(payload) not in (wire.SNAPSHOT, wire.DELTA):
+    if codec.template_id(payload) not in (wire.SNAPSHOT, wire.DELTA):
         return
-    for side, levels in zip(book, wire.decode_levels(payload), strict=True):
-        if wire.template_id(payload) == wire.SNAPSHOT:
+    for side, levels in zip(book, codec.decode_levels(payload), strict=True):
+        if codec.template_id(payload) == wire.SNAPSHOT:
             side.clear()
         for price, quantity in levels.tolist():
             side[price] = quantity
@@ -53,7 +54,7 @@ def apply(book: Book, payload: bytes) -> None:
 
 
 def as_book(payload: bytes) -> Book:
-    bids, asks = wire.decode_levels(payload)
+    bids, asks = codec.decode_levels(payload)
     assert bids["price_ticks"].tolist() == sorted(bids["price_ticks"].tolist(), reverse=True)
     assert asks["price_ticks"].tolist() == sorted(asks["price_ticks"].tolist())
     return dict(bids.tolist()), dict(asks.tolist())
@@ -115,13 +116,13 @@ def test_subscribers_get_the_source_with_a_fresh_epoch(tmp_path: Path) -> None:
     publisher = Publisher(Simulator(4, 2), messages=3_000, **free(tmp_path, epoch=77))  # type: ignore[arg-type]
     got = published(publisher)
     for symbol in ("ALPHA", "BETA"):
-        topic = wire.topic("l2", "sim", symbol)
+        topic = codec.topic("l2", "sim", symbol)
         own = [p for t, p in got if t == topic]
-        assert wire.template_id(own[0]) == wire.INSTRUMENT
+        assert codec.template_id(own[0]) == wire.INSTRUMENT
         assert {numbers(p)[0] for p in own} == {77}
         sent = [p for p in own if takes_seq(p)]
         source = [p for t, p in Simulator(4, 2).stream(3_000) if t == topic and takes_seq(p)]
-        assert wire.template_id(sent[0]) == wire.SNAPSHOT
+        assert codec.template_id(sent[0]) == wire.SNAPSHOT
         assert [p[:16] + p[24:] for p in sent] == [p[:16] + p[24:] for p in source]
         assert numbers(own[-1]) == (77, len(source)), "the last heartbeat shows a loss at the end"
     assert publisher.totals.messages == len(got)
@@ -147,7 +148,7 @@ def test_a_loop_goes_on_without_a_hole(tmp_path: Path) -> None:
     assert [numbers(p)[1] for p in got] == list(range(1, len(got) + 1))
     times = [struct.unpack_from("<q", p, wire.AT_EXCHANGE_TIME)[0] for p in got]
     assert times == sorted(times)
-    assert sum(wire.template_id(p) == wire.SNAPSHOT for p in got) == 4
+    assert sum(codec.template_id(p) == wire.SNAPSHOT for p in got) == 4
 
 
 def test_seconds_are_those_of_the_source(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_faults_are_injected_and_counted(tmp_path: Path) -> None:
 def request(
     dealer: zmq.Socket[bytes], venue: str, symbol: str, answers: int = 2
 ) -> list[list[bytes]]:
-    dealer.send(wire.encode_snapshot_request(venue, symbol))
+    dealer.send(codec.encode_snapshot_request(venue, symbol))
     return [dealer.recv_multipart() for _ in range(answers)]
 
 
@@ -222,10 +223,10 @@ def test_a_late_joiner_gets_the_book_as_of_the_seq_it_carries(tmp_path: Path) ->
     assert len(answers) == 5
     for (topic, instrument), (same, snapshot) in answers:
         assert topic == same == ALPHA
-        assert wire.template_id(instrument) == wire.INSTRUMENT
+        assert codec.template_id(instrument) == wire.INSTRUMENT
         assert numbers(instrument) == numbers(snapshot)
         assert as_book(snapshot) == books[numbers(snapshot)[1]]
-    assert wire.template_id(rejected[1]) == wire.REJECT
+    assert codec.template_id(rejected[1]) == wire.REJECT
     assert b"sim.ALPHA, sim.BETA" in rejected[1]
     assert publisher.totals.snapshots_served == 5
     assert publisher.totals.snapshots_rejected == 1
@@ -302,7 +303,7 @@ class Recorded:
         return payload
 
     def _message(self, template: int, seq: int, book: Book) -> bytes:
-        return wire.encode_book(
+        return codec.encode_book(
             template, 9, 4, self.epoch, seq, 0, 0, book[0].items(), book[1].items()
         )
 
@@ -342,7 +343,7 @@ def test_the_fold_equals_a_naive_book(seed: int, tmp_path: Path) -> None:
             book = fold.book(0, changes[:0])
         if stream.random.random() < 0.1:
             fold.fold()
-        if wire.template_id(payload) == wire.SNAPSHOT:
+        if codec.template_id(payload) == wire.SNAPSHOT:
             waiting_gap = False
         compared += 1
         if stream.known and not waiting_gap:

@@ -9,12 +9,12 @@ import struct
 import numpy as np
 import pytest
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.errors import InputError
 from feeds.market_state import negative_exp, negative_log
 from feeds.optimum import bayes_accuracy, displacement_given_state, optimum
 from feeds.simulator import MAX_INSTRUMENTS, START_NS, Simulator
-from feeds.tape import TapeReader
+from feeds.tape_reader import TapeReader
 
 GOLDEN_MESSAGES = 20_000
 GOLDEN_SHA256 = "8bd7641bd18971b1e8a44cc218006e191f4ee8c1e093e5b7183bc4dc6bb0e895"
@@ -64,25 +64,25 @@ def test_every_message_keeps_the_book_sound() -> None:
     for _, payload in Simulator(11, 3).stream(30_000):
         array = np.frombuffer(payload, dtype=np.uint8).copy()
         assert wire.check(array, 0, len(array)) == 0
-        template = wire.template_id(payload)
+        template = codec.template_id(payload)
         if template == wire.INSTRUMENT:
             continue
         counts[template] += 1
-        prefix = wire.decode_block(payload, wire.PREFIX_DTYPE)
+        prefix = codec.decode_block(payload, wire.PREFIX_DTYPE)
         i, seq = int(prefix["instrument_id"]), int(prefix["seq"])
         assert seq == seqs.get(i, 0) + 1
         seqs[i] = seq
         assert int(prefix["exchange_time_ns"]) >= clock
         clock = int(prefix["exchange_time_ns"])
         if template == wire.TRADE:
-            trade = wire.decode_block(payload, wire.TRADE_DTYPE)
+            trade = codec.decode_block(payload, wire.TRADE_DTYPE)
             buy = int(trade["aggressor"]) == wire.AGGRESSOR_BUY
             side = books[i][1 if buy else 0]
             price = int(trade["price_ticks"])
             assert price == (min(side) if buy else max(side)), "a trade takes the best price"
             traded[i] = (1 if buy else 0, price, side[price] - int(trade["quantity_lots"]))
             continue
-        sides = [dict(levels.tolist()) for levels in wire.decode_levels(payload)]
+        sides = [dict(levels.tolist()) for levels in codec.decode_levels(payload)]
         if template == wire.SNAPSHOT:
             assert i not in books
             books[i] = (sides[0], sides[1])
@@ -114,7 +114,7 @@ def test_the_rate_is_the_one_asked_for_and_events_cluster() -> None:
         [
             struct.unpack_from("<q", p, wire.AT_EXCHANGE_TIME)[0] - START_NS
             for _, p in Simulator(5, 1, rate_hz=rate_hz).stream(seconds=seconds)
-            if wire.template_id(p) == wire.DELTA
+            if codec.template_id(p) == wire.DELTA
         ]
     )
     assert times[-1] < seconds * 10**9
@@ -143,7 +143,7 @@ def test_truth_names_each_delta(tmp_path) -> None:  # type: ignore[no-untyped-de
     deltas = [
         struct.unpack_from("<IQQ", r.payload, wire.AT_INSTRUMENT_ID)[::2]
         for r in TapeReader(tmp_path / "t.tape").records()
-        if wire.template_id(r.payload) == wire.DELTA
+        if codec.template_id(r.payload) == wire.DELTA
     ]
     assert deltas == list(zip(truth["instrument_id"].tolist(), truth["seq"].tolist(), strict=True))
     assert np.allclose(truth["posterior"].sum(axis=1), 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from feeds import sync, wire
+from feeds import codec, sync, wire
 
 
 class Stream:
@@ -39,17 +39,17 @@ class Stream:
     def send(self, *seqs: int, epoch: int = 1, flags: int = 0) -> Stream:
         for seq in seqs:
             self.take(
-                wire.encode_book(wire.DELTA, 1, 0, epoch, seq, 0, 0, [(10, seq + 1)], [], flags)
+                codec.encode_book(wire.DELTA, 1, 0, epoch, seq, 0, 0, [(10, seq + 1)], [], flags)
             )
         return self
 
     def snapshot(self, seq: int, *, epoch: int = 1, answer: bool = False) -> Stream:
         flags = wire.FLAG_ANSWER if answer else 0
-        self.take(wire.encode_book(wire.SNAPSHOT, 1, 0, epoch, seq, 0, 0, [(10, 1)], [], flags))
+        self.take(codec.encode_book(wire.SNAPSHOT, 1, 0, epoch, seq, 0, 0, [(10, 1)], [], flags))
         return self
 
     def heartbeat(self, seq: int, *, epoch: int = 1, flags: int = 0) -> Stream:
-        self.take(wire.encode_heartbeat(1, 0, epoch, seq, 0, 0, flags))
+        self.take(codec.encode_heartbeat(1, 0, epoch, seq, 0, 0, flags))
         return self
 
     @property

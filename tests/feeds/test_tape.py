@@ -16,9 +16,11 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from feeds import tape, wire
+from feeds import codec, tape, wire
 from feeds.errors import InputError
-from feeds.tape import InstrumentMeta, TapeMeta, TapeReader, TapeWriter
+from feeds.tape import InstrumentMeta, TapeMeta
+from feeds.tape_reader import TapeReader
+from feeds.tape_writer import TapeWriter
 
 META = TapeMeta(
     created_ns=1_700_000_000_000_000_000,
@@ -33,12 +35,12 @@ RELAXED = settings(
 
 
 def delta(seq: int, bids=((100, 5),), asks=((101, 7),)) -> bytes:
-    return wire.encode_book(wire.DELTA, 7, 1, 1, seq, 1000 + seq, 1001 + seq, bids, asks)
+    return codec.encode_book(wire.DELTA, 7, 1, 1, seq, 1000 + seq, 1001 + seq, bids, asks)
 
 
 def payloads(count: int) -> list[bytes]:
-    trade = wire.encode_trade(7, 1, 1, 2, 3, 4, 100, 5, 6, 1)
-    odd = wire.encode_timer(5) + b"xyz"
+    trade = codec.encode_trade(7, 1, 1, 2, 3, 4, 100, 5, 6, 1)
+    odd = codec.encode_timer(5) + b"xyz"
     return [(delta(i), trade, odd, b"")[i % 4] for i in range(count)]
 
 

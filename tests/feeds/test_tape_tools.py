@@ -14,15 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from feeds import cli, tape, wire
+from feeds import cli, codec, tape, wire
 from feeds.describe import describe, differences
 from feeds.errors import InputError
 from feeds.signal_table import SignalFile
-from feeds.tape import InstrumentMeta, TapeMeta, TapeReader, TapeWriter
+from feeds.tape import InstrumentMeta, TapeMeta
 from feeds.tape_diff import ANY_KIND, diff
 from feeds.tape_export import export
 from feeds.tape_info import summarise, verify
+from feeds.tape_reader import TapeReader
 from feeds.tape_seal import seal_tape
+from feeds.tape_writer import TapeWriter
 
 NAMED = InstrumentMeta("sim", "AAA", 7, 1, "0.01", "1")
 START_NS = 1_700_000_000_000_000_000
@@ -35,7 +37,7 @@ def signal(seq: int, reasons: int = 0, symbol: bytes = b"AAA", received_ns: int 
     block["model_hash"] = 2**64 - 1
     outputs = np.array([0.25, 0.5, 0.25] if reasons == 0 else [np.nan] * 3, dtype="<f4")
     return (
-        wire.header(wire.SIGNAL, wire.SIGNAL_BLOCK)
+        codec.header(wire.SIGNAL, wire.SIGNAL_BLOCK)
         + block.tobytes()
         + (4).to_bytes(2, "little")
         + (3).to_bytes(2, "little")
@@ -50,22 +52,22 @@ def session(seed: int = 0) -> list[tuple[int, int, bytes]]:
         (
             tape.MARKET,
             t,
-            wire.encode_instrument(9, 4, 1, 0, "sim", "BBB", Decimal("0.5"), Decimal(10)),
+            codec.encode_instrument(9, 4, 1, 0, "sim", "BBB", Decimal("0.5"), Decimal(10)),
         ),
         (
             tape.MARKET,
             t + 1,
-            wire.encode_book(
+            codec.encode_book(
                 wire.SNAPSHOT, 7, 1, 1, 1, t, t, [(100, 5), (99, 4)], [(101, 6 + seed)]
             ),
         ),
-        (tape.MARKET, t + 2, wire.encode_book(wire.SNAPSHOT, 9, 4, 1, 1, t, t, [], [])),
-        (tape.MARKET, t + 3, wire.encode_book(wire.DELTA, 7, 1, 1, 2, t + 9, t, [(100, 0)], [])),
+        (tape.MARKET, t + 2, codec.encode_book(wire.SNAPSHOT, 9, 4, 1, 1, t, t, [], [])),
+        (tape.MARKET, t + 3, codec.encode_book(wire.DELTA, 7, 1, 1, 2, t + 9, t, [(100, 0)], [])),
         (tape.SIGNAL, t + 3, signal(1, reasons=16)),
-        (tape.MARKET, t + 4, wire.encode_trade(9, 4, 1, 2, t + 8, t, 50, 3, 77, 1)),
-        (tape.TIMER, t + 5, wire.encode_timer(t + 5)),
-        (tape.MARKET, t + 6, wire.encode_trade(5, 5, 1, 2, t + 8, t, 51, 4, 78, 2)),
-        (tape.MARKET, t + 7, wire.encode_heartbeat(7, 1, 1, 2, t + 9, t)),
+        (tape.MARKET, t + 4, codec.encode_trade(9, 4, 1, 2, t + 8, t, 50, 3, 77, 1)),
+        (tape.TIMER, t + 5, codec.encode_timer(t + 5)),
+        (tape.MARKET, t + 6, codec.encode_trade(5, 5, 1, 2, t + 8, t, 51, 4, 78, 2)),
+        (tape.MARKET, t + 7, codec.encode_heartbeat(7, 1, 1, 2, t + 9, t)),
         (tape.SIGNAL, t + 8, signal(2)),
     ]
 
@@ -290,7 +292,7 @@ def test_export_writes_every_level_trade_and_signal(path: Path, tmp_path: Path) 
 
 def test_export_does_not_depend_on_the_chunks(tmp_path, monkeypatch) -> None:
     records = [
-        (tape.MARKET, START_NS + i, wire.encode_book(wire.DELTA, 7, 1, 1, i, i, i, [(i, 2)], []))
+        (tape.MARKET, START_NS + i, codec.encode_book(wire.DELTA, 7, 1, 1, i, i, i, [(i, 2)], []))
         for i in range(1, 200)
     ]
     source = write(tmp_path / "a.tape", records)
@@ -388,7 +390,7 @@ def test_seal_refuses_damage_and_leaves_the_raw_tape(path: Path) -> None:
 
 
 def test_describe_names_every_field_and_never_fails() -> None:
-    trade = wire.encode_trade(1, 2, 3, 4, 5, 6, 7, 8, 9, 1)
+    trade = codec.encode_trade(1, 2, 3, 4, 5, 6, 7, 8, 9, 1)
     assert describe(trade) == {
         "message": "Trade",
         "source_id": 1,

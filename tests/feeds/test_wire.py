@@ -13,7 +13,7 @@ import sbe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feeds import wire
+from feeds import codec, wire
 from feeds.errors import InputError
 
 SIZES = {"char": 1, "uint8": 1, "int8": 1, "uint16": 2, "uint32": 4, "float": 4}
@@ -188,7 +188,7 @@ def test_the_offsets_of_the_hot_path_are_those_of_the_dtypes() -> None:
 @given(prefixes, levels, levels, u64, st.sampled_from([wire.SNAPSHOT, wire.DELTA]))
 @settings(max_examples=60)
 def test_books_decode_elsewhere(prefix, bids, asks, flags, template) -> None:
-    message = wire.encode_book(template, *prefix, bids, asks, flags)
+    message = codec.encode_book(template, *prefix, bids, asks, flags)
     name, value = independent(message)
     assert name == {wire.SNAPSHOT: "Snapshot", wire.DELTA: "Delta"}[template]
     assert tuple(value[field] for field in PREFIX_NAMES) == prefix
@@ -196,7 +196,7 @@ def test_books_decode_elsewhere(prefix, bids, asks, flags, template) -> None:
     assert as_levels(value["bids"]) == bids
     assert as_levels(value["asks"]) == asks
     assert check(message) == 0
-    ours = wire.decode_levels(message)
+    ours = codec.decode_levels(message)
     assert [tuple(map(int, level)) for level in ours[0]] == bids
     assert [tuple(map(int, level)) for level in ours[1]] == asks
 
@@ -204,21 +204,21 @@ def test_books_decode_elsewhere(prefix, bids, asks, flags, template) -> None:
 @given(prefixes, positive, positive, u64, st.integers(0, 2), u64)
 @settings(max_examples=60)
 def test_trades_decode_elsewhere(prefix, price, quantity, trade_id, aggressor, flags) -> None:
-    message = wire.encode_trade(*prefix, price, quantity, trade_id, aggressor, flags)
+    message = codec.encode_trade(*prefix, price, quantity, trade_id, aggressor, flags)
     name, value = independent(message)
     assert name == "Trade"
     assert tuple(value[field] for field in PREFIX_NAMES) == prefix
     assert (value["price_ticks"], value["quantity_lots"]) == (price, quantity)
     assert (value["trade_id"], value["aggressor"], value["flags"]) == (trade_id, aggressor, flags)
     assert check(message) == 0
-    ours = wire.decode_block(message, wire.TRADE_DTYPE)
+    ours = codec.decode_block(message, wire.TRADE_DTYPE)
     assert {n: value[n] for n in value} == {n: ours[n].item() for n in value}
 
 
 @given(prefixes, u64)
 @settings(max_examples=30)
 def test_heartbeats_decode_elsewhere(prefix, flags) -> None:
-    message = wire.encode_heartbeat(*prefix, flags)
+    message = codec.encode_heartbeat(*prefix, flags)
     name, value = independent(message)
     assert name == "Heartbeat"
     assert tuple(value[field] for field in PREFIX_NAMES) == prefix
@@ -236,7 +236,7 @@ def test_heartbeats_decode_elsewhere(prefix, flags) -> None:
 @settings(max_examples=60)
 def test_instruments_decode_elsewhere(prefix, venue, symbol, tick, lot) -> None:
     source, instrument, epoch, seq, exchange_ns, source_ns = prefix
-    message = wire.encode_instrument(
+    message = codec.encode_instrument(
         source, instrument, epoch, seq, venue, symbol, tick, lot, exchange_ns, source_ns
     )
     name, value = independent(message)
@@ -251,12 +251,12 @@ def test_instruments_decode_elsewhere(prefix, venue, symbol, tick, lot) -> None:
 @given(i64, names, names)
 @settings(max_examples=30)
 def test_timers_requests_and_rejects_decode_elsewhere(now_ns, venue, symbol) -> None:
-    timer = wire.encode_timer(now_ns)
+    timer = codec.encode_timer(now_ns)
     assert independent(timer) == ("Timer", {"now_ns": now_ns})
     assert check(timer) == 0
-    request = wire.encode_snapshot_request(venue, symbol)
+    request = codec.encode_snapshot_request(venue, symbol)
     assert independent(request) == ("SnapshotRequest", {"venue": venue, "symbol": symbol})
-    reject = wire.encode_reject(venue.encode(), symbol.encode(), "no such instrument")
+    reject = codec.encode_reject(venue.encode(), symbol.encode(), "no such instrument")
     assert independent(reject) == (
         "Reject",
         {"venue": venue, "symbol": symbol, "reason": "no such instrument"},
@@ -268,11 +268,11 @@ def test_timers_requests_and_rejects_decode_elsewhere(now_ns, venue, symbol) -> 
 def test_outgoing_messages_decode_elsewhere(template: int, seed: int) -> None:
     record = filled(BLOCKS[template], seed)
     outputs = np.random.default_rng(seed).standard_normal(seed).astype("<f4")
-    message = wire.header(template, record.itemsize) + record.tobytes()
+    message = codec.header(template, record.itemsize) + record.tobytes()
     if template == wire.SIGNAL:
         message += struct.pack("<HH", wire.OUTPUT_BYTES, seed) + outputs.tobytes()
     _, value = independent(message)
-    ours = wire.decode_block(message, BLOCKS[template])
+    ours = codec.decode_block(message, BLOCKS[template])
     for name in BLOCKS[template].names or ():
         if name.startswith("padding"):
             continue
@@ -280,7 +280,7 @@ def test_outgoing_messages_decode_elsewhere(template: int, seed: int) -> None:
         assert value[name] == (expected.decode() if isinstance(expected, bytes) else expected)
     if template == wire.SIGNAL:
         assert [entry["value"] for entry in value["outputs"]] == outputs.tolist()
-        assert wire.decode_outputs(message).tolist() == outputs.tolist()
+        assert codec.decode_outputs(message).tolist() == outputs.tolist()
 
 
 # `check`.
@@ -323,12 +323,12 @@ def naive(message: bytes) -> bool:
 
 PREFIX = (7, 9, 1, 3, 4, 5)
 GOOD = [
-    wire.encode_book(wire.DELTA, *PREFIX, [(100, 5), (99, 0)], [(101, 2)]),
-    wire.encode_book(wire.SNAPSHOT, *PREFIX, [(100, 5)], []),
-    wire.encode_trade(*PREFIX, 100, 5, 1, wire.AGGRESSOR_BUY),
-    wire.encode_heartbeat(*PREFIX),
-    wire.encode_instrument(7, 9, 1, 0, "sim", "AAA", Decimal("0.01"), Decimal(1)),
-    wire.encode_timer(12),
+    codec.encode_book(wire.DELTA, *PREFIX, [(100, 5), (99, 0)], [(101, 2)]),
+    codec.encode_book(wire.SNAPSHOT, *PREFIX, [(100, 5)], []),
+    codec.encode_trade(*PREFIX, 100, 5, 1, wire.AGGRESSOR_BUY),
+    codec.encode_heartbeat(*PREFIX),
+    codec.encode_instrument(7, 9, 1, 0, "sim", "AAA", Decimal("0.01"), Decimal(1)),
+    codec.encode_timer(12),
 ]
 
 
@@ -417,7 +417,7 @@ def test_a_newer_minor_version_with_longer_blocks_passes() -> None:
     longer[56:56] = bytes(8)
     longer = bytearray(patched(bytes(longer), 0, "<H", 56))
     assert check(bytes(longer)) == 0
-    wide = wire.header(wire.DELTA, 48) + GOOD[0][8:56] + struct.pack("<HH", 24, 2)
+    wide = codec.header(wire.DELTA, 48) + GOOD[0][8:56] + struct.pack("<HH", 24, 2)
     wide += (
         struct.pack("<qqq", 5, 1, -1) + struct.pack("<qqq", 4, 1, -1) + struct.pack("<HH", 16, 0)
     )
@@ -433,31 +433,31 @@ def test_a_newer_minor_version_with_longer_blocks_passes() -> None:
     [("0.010", 1, -2), ("1", 1, 0), ("100", 1, 2), ("0.25", 25, -2), ("1e-8", 1, -8)],
 )
 def test_decimals_keep_their_exact_parts(text: str, mantissa: int, exponent: int) -> None:
-    assert wire.decimal_parts(Decimal(text)) == (mantissa, exponent)
+    assert codec.decimal_parts(Decimal(text)) == (mantissa, exponent)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 17, "é", "a\n"])
 def test_names_that_do_not_fit_are_refused(name: str) -> None:
     with pytest.raises(InputError):
-        wire.encode_snapshot_request(name, "AAA")
+        codec.encode_snapshot_request(name, "AAA")
 
 
 def test_more_levels_than_a_group_holds_are_refused() -> None:
     side = [(1, 1)] * (wire.MAX_LEVELS_A_GROUP + 1)
     with pytest.raises(InputError):
-        wire.encode_book(wire.SNAPSHOT, *PREFIX, side, [])
+        codec.encode_book(wire.SNAPSHOT, *PREFIX, side, [])
 
 
 def test_the_header_the_hot_path_writes_is_the_cold_paths() -> None:
     buf = np.zeros(64, dtype=np.uint8)
     at = wire.put_prefix(buf, 0, wire.DELTA, 48, *PREFIX[:2], *PREFIX[2:], 1)
     assert at == wire.AT_LEVELS
-    assert bytes(buf[:56]) == wire.encode_book(wire.DELTA, *PREFIX, [], [], 1)[:56]
+    assert bytes(buf[:56]) == codec.encode_book(wire.DELTA, *PREFIX, [], [], 1)[:56]
     assert wire.instrument_key(buf, 0) == (7, 9)
 
 
 def test_a_block_cut_short_is_refused() -> None:
     with pytest.raises(InputError):
-        wire.decode_block(GOOD[2][:40], wire.TRADE_DTYPE)
-    assert wire.template_id(GOOD[2]) == wire.TRADE
-    assert wire.template_id(b"1234") == 0
+        codec.decode_block(GOOD[2][:40], wire.TRADE_DTYPE)
+    assert codec.template_id(GOOD[2]) == wire.TRADE
+    assert codec.template_id(b"1234") == 0

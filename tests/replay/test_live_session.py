@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from feeds.tape import SIGNAL, TapeReader
+from feeds.tape import SIGNAL
+from feeds.tape_reader import TapeReader
 from tests.conftest import ROOT
 
 READY_S = 180.0

@@ -19,11 +19,13 @@ from engine.bundle import load_bundle
 from engine.config import config_hash, default_config, semantic
 from engine.digest import Digest
 from engine.pipeline import Pipeline
-from feeds import tape, wire
+from feeds import codec, tape, wire
 from feeds.errors import InputError
 from feeds.simulator import Simulator
-from feeds.tape import TapeMeta, TapeReader, TapeWriter
+from feeds.tape import TapeMeta
+from feeds.tape_reader import TapeReader
 from feeds.tape_seal import seal_tape
+from feeds.tape_writer import TapeWriter
 from replay import cli
 from replay.session import Report, choose_config, replay_tapes
 from replay.verify import recorded_signals
@@ -63,7 +65,7 @@ def recorded(market: Path, reference_bundle: Path, tmp_path_factory) -> Path:
         for i, record in enumerate(source.records()):
             bodies = [(record.kind, bytes(record.payload))]
             if i % 500 == 499:
-                bodies.append((tape.TIMER, wire.encode_timer(record.recv_ns)))
+                bodies.append((tape.TIMER, codec.encode_timer(record.recv_ns)))
             for kind, body in bodies:
                 arena, at = writer.room(len(body) + 64)
                 start = at + tape.RECORD_HEADER_BYTES
@@ -253,7 +255,7 @@ def test_verify_names_the_first_difference(recorded, reference_bundle, tmp_path,
     at = wire.HEADER_BYTES + wire.SIGNAL_DTYPE.fields["book_state"][1]
     path = _altered(recorded, tmp_path / "a.tape", index, _set_byte(at, 4))
     messages = [bytes(message) for message in recorded_signals(recorded)]
-    block = wire.decode_block(messages[index], wire.SIGNAL_DTYPE)
+    block = codec.decode_block(messages[index], wire.SIGNAL_DTYPE)
     code, found = call(path, "--model", reference_bundle, "--verify")
     first = found["verification"]["first_difference"]
     assert code == 1
@@ -370,7 +372,7 @@ def test_signals_are_written_as_parquet(recorded, reference_bundle, tmp_path) ->
     assert table.num_rows == found["signals"]
     assert sum(table["tradable"].to_pylist()) == found["tradable"]
     seqs = [
-        int(wire.decode_block(bytes(message), wire.SIGNAL_DTYPE)["last_seq"])
+        int(codec.decode_block(bytes(message), wire.SIGNAL_DTYPE)["last_seq"])
         for message in recorded_signals(recorded)
     ]
     assert table["last_seq"].to_pylist() == seqs

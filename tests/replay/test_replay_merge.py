@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feeds import tape, wire
+from feeds import codec, tape
 from feeds.errors import InputError
-from feeds.tape import InstrumentMeta, TapeMeta, TapeWriter
+from feeds.tape import InstrumentMeta, TapeMeta
+from feeds.tape_writer import TapeWriter
 from replay import merge
 from replay.merge import TapeStream
 
@@ -39,9 +40,9 @@ def write(
     with TapeWriter(path, meta, overwrite=True) as writer:
         for i, recv_ns in enumerate(times):
             seq = first_seq + i
-            body = wire.encode_heartbeat(7, 1, epoch, seq, recv_ns, recv_ns)
+            body = codec.encode_heartbeat(7, 1, epoch, seq, recv_ns, recv_ns)
             if i == 0:
-                body = wire.encode_instrument(
+                body = codec.encode_instrument(
                     7, 1, epoch, seq, "sim", symbol, Decimal("0.01"), Decimal(1)
                 )
             writer.append(tape.MARKET, recv_ns, body)
