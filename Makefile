@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test check lint format types imports clean reference bench-replay fuzz-book
+.PHONY: help demo test check lint format types imports clean reference bench-replay bench-memory fuzz-book
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ reference: $(VENV)/.installed-dev ## Rebuild the reference model from the simula
 
 bench-replay: $(VENV)/.installed ## Book levels, messages and signals a second
 	$(BIN)/octick bench replay
+
+bench-memory: $(VENV)/.installed ## Resident memory over a replay of 10 million messages
+	$(BIN)/octick bench memory
 
 fuzz-book: $(VENV)/.installed-dev ## The book against a naive one, 10 million operations
 	OCTICK_BOOK_OPERATIONS=10000000 $(BIN)/python -m pytest tests/engine/test_book.py -k naive

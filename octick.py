@@ -48,6 +48,8 @@ _COMMANDS: Final[dict[str, Any]] = {
     },
     "bench": {
         "": "Measure; every figure in the README comes from here.",
+        "convert": ("benchmarks.cli", "convert", "Raw lines a second of the converter."),
+        "memory": ("benchmarks.cli", "memory", "Resident memory over a long replay."),
         "replay": ("benchmarks.cli", "replay", "Book levels, messages and signals a second."),
     },
 }

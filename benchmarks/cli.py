@@ -50,7 +50,8 @@ def replay(tape: Path | None, runs: int, model: Path | None, as_json: bool) -> N
     import msgspec
     from rich.console import Console
 
-    from benchmarks.replay import REFERENCE, bench_replay, show
+    from benchmarks.provenance import REFERENCE
+    from benchmarks.replay import bench_replay, show
 
     console = Console(stderr=True)
     with console.status("measuring") as status:
@@ -59,6 +60,62 @@ def replay(tape: Path | None, runs: int, model: Path | None, as_json: bool) -> N
         click.echo(msgspec.json.encode(result).decode())
     else:
         show(result)
+
+
+def _show_facts(result: object) -> None:
+    """A flat result, one fact a line."""
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in msgspec.to_builtins(result).items():
+        shown = f"{value:,}" if isinstance(value, int | float) else str(value)
+        table.add_row(f"[bold]{name}[/]", shown)
+    Console().print(table)
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--venue", help="Of FILE.")
+@click.option("--runs", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(file: Path | None, venue: str | None, runs: int, as_json: bool) -> None:
+    """Raw lines a second of ``octick tape convert``, in fresh processes.
+
+    Without FILE on the recording in OCTICK_DATA.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.conversion import bench_convert
+
+    if file is not None and venue is None:
+        raise click.UsageError("FILE needs its --venue")
+    with Console(stderr=True).status("converting"):
+        result = bench_convert(file, venue, runs)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        _show_facts(result)
+
+
+@click.command()
+@click.option("--messages", type=click.IntRange(100_000), default=10_000_000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def memory(messages: int, as_json: bool) -> None:
+    """Resident memory over a long replay with inference: it should not grow."""
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.memory import bench_memory
+
+    with Console(stderr=True).status("measuring") as status:
+        result = bench_memory(messages, progress=status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        _show_facts(result)
 
 
 @click.command("compile")

@@ -13,20 +13,26 @@ warm-up run that is not counted:
 from __future__ import annotations
 
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
+from benchmarks.provenance import (
+    RECORDING,
+    REFERENCE,
+    VENUE,
+    commit,
+    machine,
+    recorded,
+    versions,
+)
 from engine.backends.registry import open_backend
 from engine.bundle import load_bundle
 from engine.config import Config
@@ -37,15 +43,10 @@ from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
 from replay.session import choose_config
 
-ROOT: Final = Path(__file__).resolve().parent.parent
-RECORDING: Final = Path("binance") / "usdm_btcusdt_20240808.gz"
-VENUE: Final = "binance-usdm"
-REFERENCE: Final = ROOT / "models" / "reference"
 SIMULATED_MESSAGES: Final = 200_000
 SIMULATED_SEED: Final = 1
 MAX_RECORDS_BYTES: Final = 1 << 31
 JITTER_S: Final = 1.0
-PACKAGES: Final = ("numba", "numpy", "onnxruntime", "llvmlite")
 
 Records = list[tuple[np.ndarray, int, int]]
 
@@ -168,14 +169,13 @@ def bench_replay(
 
 
 def _default_tape(folder: Path) -> tuple[Path, str]:
-    data = Path(os.environ.get("OCTICK_DATA", ROOT.parent / "shared" / "data"))
-    recording = data / RECORDING
-    if recording.is_file():
-        from feeds.convert import convert
+    recording = recorded(RECORDING)
+    if recording is not None:
+        from feeds.venues.convert import convert
 
         target = folder / "recording.tape"
         convert(recording, VENUE, out=target)
-        return target, RECORDING.name
+        return target, recording.name
     from feeds.simulator import Simulator
 
     target = folder / "simulated.tape"
@@ -247,50 +247,6 @@ def _measure_signals(config: Config, records: Records, model: Path, runs: int) -
         backend.close()
     assert len(digests) == 1, "runs over the same records gave different signals"
     return measured, digests.pop()
-
-
-def machine() -> dict[str, str | int]:
-    """What was measured on."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return {
-        "cpu": name,
-        "cores": os.cpu_count() or 0,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the speed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def commit() -> str:
-    """Commit of the checkout, with ``-dirty`` where it has changes; "" outside one."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 def show(result: ReplayBench) -> None:

@@ -29,8 +29,8 @@ from engine.hashes import code_hash
 from engine.pipeline import Pipeline
 from engine.publisher import SignalPublisher
 from engine.recorder import Recorder, ScratchTape, open_recorder
-from engine.run_report import Totals
 from engine.signals import AT_BOOK_STATE
+from engine.totals import Totals
 from engine.trust import BOOK_STATES, SYNCED
 from feeds import codec, tape, wire
 from feeds.errors import InputError

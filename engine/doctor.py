@@ -39,6 +39,7 @@ MIN_VERSIONS: Final = (
     ("pyzmq", "26"),
     ("rich", "13"),
     ("uvloop", "0.19"),
+    ("tzdata", "2024.1"),
     ("zstandard", "0.22"),
 )
 OPTIONAL: Final = frozenset({"uvloop"})

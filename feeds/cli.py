@@ -72,8 +72,8 @@ def convert(
     """
     import msgspec
 
-    from feeds.convert import convert as convert_recording
     from feeds.progress import progress
+    from feeds.venues.convert import convert as convert_recording
 
     with progress("converting", file.stat().st_size if file.is_file() else 0) as update:
         done = convert_recording(
@@ -442,7 +442,7 @@ def publish(
         if source == "sim":
             opened = Simulator(seed, instruments, rate_hz=rate, signal_strength=signal_strength)
         elif venue:
-            from feeds.convert import convert
+            from feeds.venues.convert import convert
 
             opened = Path(folder) / "converted.tape"
             convert(Path(source), venue, symbol=symbol, out=opened)

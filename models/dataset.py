@@ -5,8 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -15,9 +13,8 @@ from engine import features
 from engine.config import BookConfig, Config, InstrumentConfig, LimitsConfig, TriggerConfig
 from engine.pipeline import Pipeline
 from engine.signals import AT_BEST_ASK, AT_BEST_BID, AT_EXCHANGE_TIME, AT_LAST_SEQ
-from feeds.codec import encode_instrument
 from feeds.errors import InputError
-from feeds.tape import MARKET, RECORD_HEADER_BYTES, InstrumentMeta, padded, put_record
+from feeds.tape import InstrumentMeta
 from feeds.tape_reader import Chunk
 from models.labels import smoothed_move
 
@@ -84,29 +81,6 @@ class Rows:
         return self.vector[rows // self.stride]
 
 
-def _introduction(instruments: Iterable[InstrumentMeta]) -> Chunk:
-    """Instrument messages from a tape's header, as its first chunk: it may not have them itself."""
-    parts = []
-    for item in instruments:
-        message = encode_instrument(
-            item.source_id,
-            item.instrument_id,
-            0,
-            0,
-            item.venue,
-            item.symbol,
-            Decimal(item.tick),
-            Decimal(item.lot),
-        )
-        record = np.zeros(RECORD_HEADER_BYTES + padded(len(message)), dtype=np.uint8)
-        body = record[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + len(message)]
-        body[:] = np.frombuffer(message, dtype=np.uint8)
-        put_record(record, 0, MARKET, 0, len(message))
-        parts.append(record)
-    buf = np.concatenate(parts)
-    return Chunk(buf, 0, len(buf), 0)
-
-
 def collect(
     chunks: Iterable[Chunk],
     instruments: Iterable[InstrumentMeta],
@@ -138,9 +112,8 @@ def collect(
     InputError
         If more than `MAX_ROWS` rows come out.
     """
-    followed = tuple(instruments)
     config = Config(
-        instruments=tuple(InstrumentConfig(item.venue, item.symbol) for item in followed),
+        instruments=tuple(InstrumentConfig(item.venue, item.symbol) for item in instruments),
         trigger=trigger or TriggerConfig(),
         book=BookConfig(max_levels=max_levels),
         limits=LimitsConfig(max_pending_bytes=1 << 16),
@@ -148,7 +121,7 @@ def collect(
     pipeline = Pipeline(config, None, None)
     vectors, facts = _Table(features.N_FEATURES, np.float64), _Table(_FACTS, np.int64)
     read = 0
-    for buf, start, stop, _ in chain([_introduction(followed)], chunks):
+    for buf, start, stop, _ in chunks:
         at = start
         while True:
             at = pipeline.advance(buf, at, stop)

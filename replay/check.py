@@ -10,56 +10,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
-from feeds.conversion import VENUES
 from feeds.errors import InputError
-from feeds.recording import Recording
-
-
-class Difference(msgspec.Struct, frozen=True):
-    """The first comparison that failed: what the venue states, and what the rebuilt book says."""
-
-    line: int
-    expected: dict[str, str]
-    found: dict[str, str]
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """What a check found.
-
-    Attributes
-    ----------
-    updates : int
-        Changes applied to the book after its first snapshot.
-    compared, equal : int
-        Comparisons with the venue's own statement, and how many agreed in every field.
-    crossed : int
-        Updates after which the best bid was at or above the best ask.
-    gaps : int
-        Holes in the venue's update ids.
-    not_compared : dict
-        Updates that could not be compared, by reason.
-    """
-
-    file: str
-    venue: str
-    symbol: str
-    lines: int
-    updates: int
-    compared: int
-    equal: int
-    crossed: int
-    gaps: int
-    not_compared: dict[str, int]
-    counts: dict[str, int]
-    first_difference: Difference | None
-
-    @property
-    def ok(self) -> bool:
-        """True where something was compared and nothing was wrong."""
-        whole = self.crossed == 0 and self.gaps == 0
-        return self.compared > 0 and self.equal == self.compared and whole
+from feeds.venues.conversion import VENUES
+from feeds.venues.recording import Recording
+from replay import check_binance, check_lobster
+from replay.verdict import Verdict
 
 
 def check(
@@ -76,7 +31,7 @@ def check(
     file : path-like
         The recording; for LOBSTER the message file.
     venue : str
-        One of ``feeds.conversion.VENUES``.
+        One of ``feeds.venues.conversion.VENUES``.
     symbol : str, optional
         The instrument wanted, where the recording holds several.
 
@@ -91,9 +46,5 @@ def check(
         )
     recording = Recording(Path(file), progress=progress)
     if venue == "lobster":
-        from replay import check_lobster
-
         return check_lobster.check(recording, symbol)
-    from replay import check_binance
-
     return check_binance.check(recording, venue, symbol)

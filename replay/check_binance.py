@@ -29,11 +29,12 @@ from engine.book import (
     crossed,
     new_books,
 )
-from feeds import binance as fb
-from feeds import binance_fields as bj
-from feeds import binance_sync as bs
-from feeds.binance_decode import VENUES
-from feeds.binance_fields import (
+from feeds.tape import RECORD_HEADER_BYTES
+from feeds.venues import binance as fb
+from feeds.venues import binance_fields as bj
+from feeds.venues import binance_sync as bs
+from feeds.venues.binance_decode import VENUES
+from feeds.venues.binance_fields import (
     ASK_PRICE,
     ASK_QUANTITY,
     ASKS,
@@ -52,11 +53,11 @@ from feeds.binance_fields import (
     TICKER,
     UNRECOGNISED,
 )
-from feeds.binance_json import scan_line
-from feeds.binance_lines import DONE, FINER, SLOW, Scale, encode_symbol, walk
-from feeds.binance_records import O_FIELDS, put_book, room_for
-from feeds.binance_survey import Survey, with_grid
-from feeds.binance_sync import (
+from feeds.venues.binance_json import scan_line
+from feeds.venues.binance_lines import DONE, FINER, SLOW, Scale, encode_symbol, walk
+from feeds.venues.binance_records import O_FIELDS, put_book, room_for
+from feeds.venues.binance_survey import Survey, with_grid
+from feeds.venues.binance_sync import (
     D_ASKS,
     D_BIDS,
     D_FIRST,
@@ -76,11 +77,10 @@ from feeds.binance_sync import (
     keep_from,
     shelve,
 )
-from feeds.recording import Recording
-from feeds.tape import RECORD_HEADER_BYTES
+from feeds.venues.recording import Recording
 from feeds.wire import DELTA
 from feeds.wire import SNAPSHOT as SNAPSHOT_MESSAGE
-from replay.check import Difference, Verdict
+from replay.verdict import Difference, Verdict
 
 MAX_LEVELS: Final = 1 << 16
 SCRATCH_BYTES: Final = room_for(16 * MAX_LEVELS_A_LINE, 0)

@@ -22,10 +22,10 @@ from engine.book import (
     side_levels,
 )
 from feeds import codec, wire
-from feeds import lobster_files as fl
-from feeds.lobster_names import find_files
-from feeds.recording import Recording
-from replay.check import Difference, Verdict
+from feeds.venues import lobster_files as fl
+from feeds.venues.lobster_names import find_files
+from feeds.venues.recording import Recording
+from replay.verdict import Difference, Verdict
 
 _COLUMNS: Final = ("ask_price", "ask_size", "bid_price", "bid_size")
 

@@ -13,9 +13,7 @@ from tests.conftest import ROOT
 CONSTANT = "NUMBER = {}\n"
 CALLEE = """\
 from numba import njit
-from feeds import (
-    constant,
-)
+from feeds import constant
 @njit('int64()', cache=True)
 def number():
     return {} * constant.NUMBER

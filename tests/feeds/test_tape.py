@@ -231,8 +231,9 @@ def test_what_is_no_tape_is_refused(tmp_path: Path) -> None:
 _CRASH = """
 import os, signal, sys
 from feeds import tape
+from feeds.tape_writer import TapeWriter
 from tests.feeds.test_tape import META, payloads
-writer = tape.TapeWriter(sys.argv[1], META, window_bytes=4096)
+writer = TapeWriter(sys.argv[1], META, window_bytes=4096)
 for i, body in enumerate(payloads(500)):
     writer.append(tape.MARKET, 10 * i + 1, body)
 os.kill(os.getpid(), signal.SIGKILL)

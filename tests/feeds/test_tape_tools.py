@@ -333,7 +333,7 @@ def test_exported_files_open_elsewhere(path: Path, tmp_path: Path, package: str)
     for name, rows in (("book", 5), ("trades", 2), ("signals", 2)):
         file = str(tmp_path / "out" / f"{name}.parquet")
         if package == "duckdb":
-            assert len(module.sql(f"select * from '{file}'").fetchall()) == rows
+            assert module.sql(f"select * from '{file}'").to_arrow_table().num_rows == rows
         else:
             assert len(module.read_parquet(file)) == rows
 

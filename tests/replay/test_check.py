@@ -11,10 +11,11 @@ from click.testing import CliRunner
 
 from feeds.errors import InputError
 from replay import check_binance
-from replay.check import Verdict, check
+from replay.check import check
 from replay.cli import check as command
-from tests.feeds.mock_binance import MockBinance, edit, is_diff, is_snapshot, message, write
-from tests.feeds.mock_lobster import MockLobster
+from replay.verdict import Verdict
+from tests.feeds.venues.mock_binance import MockBinance, edit, is_diff, is_snapshot, message, write
+from tests.feeds.venues.mock_lobster import MockLobster
 
 VENUES = ("binance-usdm", "binance-coinm", "binance-spot")
 

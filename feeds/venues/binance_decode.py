@@ -1,6 +1,6 @@
 """One line of a raw Binance recording, judged with a full JSON decoder.
 
-The scanner in ``feeds.binance_json`` hands over every line that it does not recognise. Such a line
+The scanner in `binance_json` hands over every line that it does not recognise. Such a line
 is either well-formed in another way (white space, another order, a stream that is not needed), and
 then fills the same fields, or wrong, and then the error says what is wrong with it.
 """
@@ -15,9 +15,9 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from feeds import binance_fields as bj
 from feeds.errors import InputError
-from feeds.json_scan import MAX_DECIMALS
+from feeds.venues import binance_fields as bj
+from feeds.venues.json_scan import MAX_DECIMALS
 from feeds.wire import AGGRESSOR_BUY, AGGRESSOR_SELL, MAX_LEVELS_A_GROUP
 
 VENUES: Final = {"binance-usdm": bj.USDM, "binance-coinm": bj.COINM, "binance-spot": bj.SPOT}
@@ -64,7 +64,7 @@ class LineDecoder:
     Parameters
     ----------
     venue : int
-        USDM, COINM or SPOT of ``feeds.binance_json``.
+        USDM, COINM or SPOT of `binance_json`.
     fields, levels : ndarray of int64
         As `binance_json.scan_line` fills them.
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from feeds import codec, wire
-from feeds import recording as recording_module
-from feeds.convert import Converted, convert
 from feeds.errors import InputError
 from feeds.tape import MARKET
 from feeds.tape_reader import TapeReader
-from tests.feeds.mock_binance import MockBinance, edit, is_diff, is_snapshot, message, write
+from feeds.venues import recording as recording_module
+from feeds.venues.convert import Converted, convert
+from tests.feeds.venues.mock_binance import MockBinance, edit, is_diff, is_snapshot, message, write
 
 VENUES = ("binance-usdm", "binance-coinm", "binance-spot")
 
@@ -436,7 +436,7 @@ def test_a_crossed_book_is_data(tmp_path):
 def test_a_shelf_that_is_full_forgets_the_oldest(tmp_path, monkeypatch):
     import numpy as np
 
-    from feeds import binance_sync
+    from feeds.venues import binance_sync
 
     monkeypatch.setattr(binance_sync, "new_shelf", lambda: np.empty(300, dtype=np.int64))
     market = MockBinance("binance-usdm")

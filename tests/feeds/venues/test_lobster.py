@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from feeds import wire
-from feeds.convert import convert
 from feeds.errors import InputError
-from tests.feeds.mock_lobster import MockLobster
-from tests.feeds.test_binance import book_of, read
+from feeds.venues.convert import convert
+from tests.feeds.venues.mock_lobster import MockLobster
+from tests.feeds.venues.test_binance import book_of, read
 
 
 def converted(tmp_path: Path, mock: MockLobster, **options):

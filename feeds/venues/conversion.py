@@ -15,10 +15,10 @@ import numpy as np
 from feeds import codec, tape
 from feeds.crc32c import crc32c
 from feeds.errors import InputError
-from feeds.json_scan import MAX_DECIMALS
-from feeds.recording import Recording
 from feeds.tape import InstrumentMeta, TapeMeta
 from feeds.tape_writer import TapeWriter
+from feeds.venues.json_scan import MAX_DECIMALS
+from feeds.venues.recording import Recording
 
 SOURCE_IDS: Final = {
     "binance-usdm": 1,

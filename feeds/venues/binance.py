@@ -17,10 +17,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from feeds import binance_fields as bj
-from feeds import binance_sync as bs
-from feeds.binance_decode import VENUES
-from feeds.binance_fields import (
+from feeds.errors import InputError
+from feeds.tape_writer import TapeWriter
+from feeds.venues import binance_fields as bj
+from feeds.venues import binance_sync as bs
+from feeds.venues.binance_decode import VENUES
+from feeds.venues.binance_fields import (
     AGG_TRADE,
     ASKS,
     BIDS,
@@ -45,8 +47,8 @@ from feeds.binance_fields import (
     TRADE,
     UNRECOGNISED,
 )
-from feeds.binance_json import scan_line
-from feeds.binance_lines import (
+from feeds.venues.binance_json import scan_line
+from feeds.venues.binance_lines import (
     DONE,
     FINER,
     NAMELESS,
@@ -57,7 +59,7 @@ from feeds.binance_lines import (
     encode_symbol,
     walk,
 )
-from feeds.binance_records import (
+from feeds.venues.binance_records import (
     O_DELTAS,
     O_FIELDS,
     O_INSTRUMENT,
@@ -68,8 +70,8 @@ from feeds.binance_records import (
     put_trade,
     room_for,
 )
-from feeds.binance_survey import Survey, with_grid
-from feeds.binance_sync import (
+from feeds.venues.binance_survey import Survey, with_grid
+from feeds.venues.binance_sync import (
     CLOCK,
     D_ASKS,
     D_BIDS,
@@ -103,10 +105,8 @@ from feeds.binance_sync import (
     snapshot_order,
     tick_clock,
 )
-from feeds.conversion import Conversion, Target
-from feeds.errors import InputError
-from feeds.recording import Recording
-from feeds.tape_writer import TapeWriter
+from feeds.venues.conversion import Conversion, Target
+from feeds.venues.recording import Recording
 from feeds.wire import DELTA
 from feeds.wire import SNAPSHOT as SNAPSHOT_MESSAGE
 
@@ -321,7 +321,7 @@ class _TapeSink:
 def convert(
     recording: Recording, target: Target, symbol: str | None, tick: str | None, lot: str | None
 ) -> Conversion:
-    """Write a recording's messages onto the target; arguments as in ``feeds.convert.convert``.
+    """Write a recording's messages onto the target; arguments as in ``convert.convert``.
 
     Raises
     ------

@@ -12,14 +12,14 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from feeds.binance_decode import LineDecoder, find_off_grid
-from feeds.binance_fields import (
+from feeds.errors import InputError
+from feeds.venues.binance_decode import LineDecoder, find_off_grid
+from feeds.venues.binance_fields import (
     PRICE_NEEDS,
     QUANTITY_NEEDS,
 )
-from feeds.errors import InputError
-from feeds.json_scan import line_end
-from feeds.recording import Block, Recording
+from feeds.venues.json_scan import line_end
+from feeds.venues.recording import Block, Recording
 
 # What stops a native walk over lines.
 DONE: Final = 0

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-from feeds.binance_fields import (
+from feeds.venues.binance_fields import (
     ASKS,
     BIDS,
     ENGINE_NS,

@@ -20,8 +20,8 @@ import numpy as np
 from numba import njit
 
 from feeds.errors import InputError
-from feeds.lobster_names import Files
-from feeds.recording import Block, Recording
+from feeds.venues.lobster_names import Files
+from feeds.venues.recording import Block, Recording
 
 NO_PRICE: Final = 9_999_999_999
 _DAY_S: Final = 86_400

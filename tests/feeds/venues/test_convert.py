@@ -13,11 +13,11 @@ import zstandard
 from click.testing import CliRunner
 
 from feeds.cli import convert as command
-from feeds.conversion import SOURCE_IDS, instrument_id
-from feeds.convert import convert, tape_path
 from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
-from tests.feeds.mock_binance import MockBinance, edit, is_diff, write
+from feeds.venues.conversion import SOURCE_IDS, instrument_id
+from feeds.venues.convert import convert, tape_path
+from tests.feeds.venues.mock_binance import MockBinance, edit, is_diff, write
 
 VENUE = "binance-usdm"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from feeds.conversion import SOURCE_IDS, VENUES, Target
 from feeds.errors import InputError
-from feeds.recording import Recording
 from feeds.tape_seal import seal_tape
+from feeds.venues.conversion import SOURCE_IDS, VENUES, Target
+from feeds.venues.recording import Recording
 
 
 class Converted(msgspec.Struct, frozen=True):
@@ -104,9 +104,9 @@ def convert(
     raw = final.with_suffix("") if seal else final
     target = Target(recording, venue, raw, overwrite)
     if venue == "lobster":
-        from feeds.lobster import convert as convert_venue
+        from feeds.venues.lobster import convert as convert_venue
     else:
-        from feeds.binance import convert as convert_venue
+        from feeds.venues.binance import convert as convert_venue
     begun = time.perf_counter()
     done = convert_venue(recording, target, symbol, tick, lot)
     target.close()

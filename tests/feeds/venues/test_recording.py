@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from feeds.errors import InputError
-from feeds.recording import Recording
+from feeds.venues.recording import Recording
 
 LINES = [f"line {i} ".encode() + b"x" * (i % 97) for i in range(3000)]
 TEXT = b"".join(line + b"\n" for line in LINES)
@@ -104,7 +104,7 @@ def test_an_empty_or_missing_file_is_refused(tmp_path):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("feeds.recording.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("feeds.venues.recording.MAX_LINE_BYTES", 1000)
     recording = Recording(save(tmp_path, "a", b"ok\n" + b"x" * 500_000), block_bytes=64)
     with pytest.raises(InputError, match=r"line 2 \(byte 3\): line too long"):
         list(recording.blocks())

@@ -8,12 +8,12 @@ import random
 import numpy as np
 import pytest
 
-from feeds import binance_fields as bj
-from feeds.binance_decode import VENUES, LineDecoder, find_off_grid
-from feeds.binance_json import scan_line
-from feeds.binance_lines import encode_symbol
 from feeds.errors import InputError
-from tests.feeds.mock_binance import MockBinance, edit
+from feeds.venues import binance_fields as bj
+from feeds.venues.binance_decode import VENUES, LineDecoder, find_off_grid
+from feeds.venues.binance_json import scan_line
+from feeds.venues.binance_lines import encode_symbol
+from tests.feeds.venues.mock_binance import MockBinance, edit
 
 VENUE_NAMES = ("binance-usdm", "binance-coinm", "binance-spot")
 SCALES = (2, 3)

@@ -1,7 +1,7 @@
 # Hot path: free @njit functions.
 """What a line of a Binance recording comes down to: a kind, and integers in an array.
 
-Filled by the scanner (``feeds.binance_json``) and by the full decoder (``feeds.binance_decode``)
+Filled by the scanner (`binance_json`) and by the full decoder (`binance_decode`)
 alike, read by everything that follows.
 """
 

@@ -1,6 +1,6 @@
 """LOBSTER message and orderbook files to canonical messages on a tape.
 
-Format: see ``feeds.lobster_files``.
+Format: see ``feeds.venues.lobster_files``.
 
 - The first orderbook row is the starting Snapshot; the first event is already in it.
 - Types 1 (new), 2 (part cancelled), 3 (deleted): a Delta. 4 (execution): a Trade, then a Delta.
@@ -23,9 +23,11 @@ from typing import Final
 import numpy as np
 
 from feeds import codec, wire
-from feeds.conversion import Conversion, Target, grid
 from feeds.errors import InputError
-from feeds.lobster_files import (
+from feeds.tape import MARKET
+from feeds.tape_writer import TapeWriter
+from feeds.venues.conversion import Conversion, Target, grid
+from feeds.venues.lobster_files import (
     ASK,
     BID,
     CROSS,
@@ -41,10 +43,8 @@ from feeds.lobster_files import (
     read_row,
     steps,
 )
-from feeds.lobster_names import Files, find_files
-from feeds.recording import Recording
-from feeds.tape import MARKET
-from feeds.tape_writer import TapeWriter
+from feeds.venues.lobster_names import Files, find_files
+from feeds.venues.recording import Recording
 
 TICKS_A_DOLLAR: Final = 10_000
 
@@ -52,7 +52,7 @@ TICKS_A_DOLLAR: Final = 10_000
 def convert(
     recording: Recording, target: Target, symbol: str | None, tick: str | None, lot: str | None
 ) -> Conversion:
-    """Write a message file's events onto the target; arguments as in ``feeds.convert.convert``.
+    """Write a message file's events onto the target; arguments as in ``convert.convert``.
 
     Raises
     ------

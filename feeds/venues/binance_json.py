@@ -3,7 +3,7 @@
 
 The scanner is strict: it knows the exact JSON that the exchange writes (no white space, no
 escapes, plain decimals) and answers `UNRECOGNISED` to everything else, which
-``feeds.binance_decode`` then judges with a full JSON decoder. Keys may come in any order, and
+`binance_decode` then judges with a full JSON decoder. Keys may come in any order, and
 keys that it does not know are skipped where their values are plain.
 
 Sources: Binance "Diff. Book Depth Streams", "Trade Streams", "Aggregate Trade Streams",
@@ -17,7 +17,7 @@ from typing import Final
 
 from numba import njit
 
-from feeds.binance_fields import (
+from feeds.venues.binance_fields import (
     AGG_TRADE,
     AGGRESSOR,
     ASK_PRICE,
@@ -76,7 +76,7 @@ from feeds.binance_fields import (
     UNRECOGNISED,
     time_ns,
 )
-from feeds.binance_keys import (
+from feeds.venues.binance_keys import (
     K_ASKS,
     K_BIDS,
     K_DATA,
@@ -111,7 +111,7 @@ from feeds.binance_keys import (
     V_TRADE,
     is_known,
 )
-from feeds.json_scan import same_text, scan_decimal, scan_integer, scan_text
+from feeds.venues.json_scan import same_text, scan_decimal, scan_integer, scan_text
 from feeds.wire import AGGRESSOR_BUY, AGGRESSOR_SELL, MAX_LEVELS_A_GROUP
 
 # The same key with values of several types, of which a message has one.

@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-from feeds.binance_fields import AGGRESSOR, PRICE, QUANTITY, RECEIVED_NS, TRADE_ID
-from feeds.binance_sync import exchange_ns
 from feeds.rawbytes import store_i64, store_u16
 from feeds.tape import MARKET, RECORD_HEADER_BYTES, put_record
+from feeds.venues.binance_fields import AGGRESSOR, PRICE, QUANTITY, RECEIVED_NS, TRADE_ID
+from feeds.venues.binance_sync import exchange_ns
 from feeds.wire import (
     AT_AGGRESSOR,
     AT_PRICE,

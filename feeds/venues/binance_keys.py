@@ -7,7 +7,7 @@ from typing import Final
 
 from numba import njit
 
-from feeds.json_scan import text_hash
+from feeds.venues.json_scan import text_hash
 
 K_STREAM: Final = text_hash("stream")
 K_DATA: Final = text_hash("data")

@@ -13,9 +13,10 @@ from typing import Final, NamedTuple, TypeVar
 import numpy as np
 from numba import njit
 
-from feeds import binance_fields as bj
-from feeds.binance_decode import LineDecoder
-from feeds.binance_fields import (
+from feeds.errors import InputError
+from feeds.venues import binance_fields as bj
+from feeds.venues.binance_decode import LineDecoder
+from feeds.venues.binance_fields import (
     BLANK,
     DIFF,
     HAS_SYMBOL,
@@ -29,8 +30,8 @@ from feeds.binance_fields import (
     SNAPSHOT,
     UNRECOGNISED,
 )
-from feeds.binance_json import scan_line
-from feeds.binance_lines import (
+from feeds.venues.binance_json import scan_line
+from feeds.venues.binance_lines import (
     DONE,
     SLOW,
     STRANGER,
@@ -40,9 +41,8 @@ from feeds.binance_lines import (
     symbols_of,
     walk_block,
 )
-from feeds.conversion import grid
-from feeds.errors import InputError
-from feeds.recording import Recording
+from feeds.venues.conversion import grid
+from feeds.venues.recording import Recording
 
 MAX_RESTARTS: Final = 2
 

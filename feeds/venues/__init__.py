@@ -1,0 +1,1 @@
+"""One adapter a venue: raw recordings → canonical messages on a tape."""
