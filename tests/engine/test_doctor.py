@@ -82,7 +82,7 @@ def test_an_old_or_missing_package_is_bad() -> None:
     def version_of(name: str) -> str:
         if name in ("numba", "uvloop"):
             raise metadata.PackageNotFoundError
-        return "1.19.9rc1" if name == "onnxruntime" else "99.0"
+        return "1.19.9rc1" if name == "onnxruntime" else "9999.0"
 
     verdicts = {finding.name: finding.verdict for finding in doctor.packages(version_of)}
     assert verdicts == {"numba": "bad", "uvloop": "slow", "onnxruntime": "bad", "packages": "ok"}
