@@ -169,13 +169,15 @@ def _table(
     classes: tuple[str, ...],
     left_s: float,
 ) -> Table:
-    table = Table(title=f"signals, {left_s:.0f} s to go", title_justify="left")
-    for name in ("instrument", "signals", "book", "class", "outputs", "best bid", "best ask"):
+    table = Table(
+        title=f"signals, {left_s:.0f} s to go", title_justify="left", padding=(0, 0, 0, 1)
+    )
+    for name in ("instrument", "signals", "book", "class", "logits", "best bid", "best ask"):
         left = name in ("instrument", "book", "class")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for name in sorted(last):
         signal = last[name]
-        outputs = " ".join("-" if v is None else f"{v:+.2f}" for v in signal["outputs"])
+        outputs = " ".join("-" if v is None else f"{v:+.1f}" for v in signal["outputs"])
         chosen = "-" if signal["predicted_class"] is None else classes[signal["predicted_class"]]
         trust = signal["book_state"] + ("" if signal["tradable"] else " !")
         table.add_row(
@@ -184,8 +186,8 @@ def _table(
             trust,
             chosen,
             outputs,
-            str(signal["best_bid_ticks"]),
-            str(signal["best_ask_ticks"]),
+            f"{signal['best_bid_ticks']}",
+            f"{signal['best_ask_ticks']}",
         )
     return table
 
@@ -303,7 +305,7 @@ def show(result: DemoResult, console: Console) -> None:
     for name, value in (
         ("messages", f"{result.messages:,} in {result.seconds:.0f} s"),
         ("signals", f"{result.signals:,}, {result.tradable:,} tradable"),
-        ("subscriber", f"{result.received:,} signals"),
+        ("subscriber", f"{result.received:,} signals since it joined"),
         ("lost", f"{result.lost_by_engine} on the feed, {result.lost_by_subscriber} by the client"),
         ("latency", f"p50 {result.latency_p50_us:.1f} µs, p99 {result.latency_p99_us:.1f} µs "
                     "from receipt to sent"),
