@@ -35,12 +35,12 @@ _COMMANDS: Final[dict[str, Any]] = {
     "tape": {
         "": "Make, inspect, compare and export tapes.",
         "check": ("replay.cli", "check", "Rebuild the book and hold it against the recording."),
-        "convert": ("feeds.cli", "convert", "Convert a raw recording to a tape."),
-        "diff": ("feeds.cli", "diff", "Name the first record in which two tapes differ."),
-        "export": ("feeds.cli", "export", "Write a tape as Parquet."),
-        "info": ("feeds.cli", "info", "Say what a tape holds."),
-        "seal": ("feeds.cli", "seal", "Compress a finished tape."),
-        "verify": ("feeds.cli", "verify", "Check every record of a tape."),
+        "convert": ("feeds.tape_cli", "convert", "Convert a raw recording to a tape."),
+        "diff": ("feeds.tape_cli", "diff", "Name the first record in which two tapes differ."),
+        "export": ("feeds.tape_cli", "export", "Write a tape as Parquet."),
+        "info": ("feeds.tape_cli", "info", "Say what a tape holds."),
+        "seal": ("feeds.tape_cli", "seal", "Compress a finished tape."),
+        "verify": ("feeds.tape_cli", "verify", "Check every record of a tape."),
     },
     "model": {
         "": "Build models and bundles.",

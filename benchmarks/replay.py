@@ -253,7 +253,7 @@ def show(result: ReplayBench) -> None:
     """Print the result as a table."""
     from rich.table import Table
 
-    from feeds.cli import wide_console
+    from feeds.output import wide_console
 
     table = Table(
         "measured", "median", "fastest", "slowest", title=f"octick bench replay, {result.runs} runs"

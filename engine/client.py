@@ -16,8 +16,8 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from engine.endpoint import check_endpoint
 from engine.messages import Alert, EngineState, Message, Signal, decode
+from feeds.endpoint import check_endpoint
 from feeds.errors import InputError
 
 DEFAULT_RECEIVE_HWM: Final = 100_000

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from engine.endpoint import check_endpoint
 from engine.hashes import json_hash
+from feeds.endpoint import check_endpoint
 from feeds.errors import InputError
 
 MAX_DURATION_NS: Final = 86_400_000_000_000  # one day

@@ -128,15 +128,26 @@ class Handshake:
             block["venue"].decode("ascii", "replace"),
             block["symbol"].decode("ascii", "replace"),
         )
-        if name in self._names:
-            self.definitions[name] = tape.InstrumentMeta(
-                venue=name[0],
-                symbol=name[1],
-                source_id=int(block["source_id"]),
-                instrument_id=int(block["instrument_id"]),
-                tick=codec.decimal_text(block["tick_mantissa"], block["tick_exponent"]),
-                lot=codec.decimal_text(block["lot_mantissa"], block["lot_exponent"]),
-            )
+        if name not in self._names:
+            return
+        ids = (int(block["source_id"]), int(block["instrument_id"]))
+        for other, known in self.definitions.items():
+            if other != name and (known.source_id, known.instrument_id) == ids:
+                raise InputError(
+                    f"two instruments under one id: {'.'.join(other)} and {'.'.join(name)}",
+                    where=", ".join(feed.config.endpoint for feed in self._feeds),
+                    expected="a source_id of its own for each feed",
+                    found=f"source_id {ids[0]}, instrument_id {ids[1]} twice",
+                    fix="publish both from one source, or let each feed number its own source_id",
+                )
+        self.definitions[name] = tape.InstrumentMeta(
+            venue=name[0],
+            symbol=name[1],
+            source_id=ids[0],
+            instrument_id=ids[1],
+            tick=codec.decimal_text(block["tick_mantissa"], block["tick_exponent"]),
+            lot=codec.decimal_text(block["lot_mantissa"], block["lot_exponent"]),
+        )
 
     def _refuse(self, payload: bytes) -> None:
         try:

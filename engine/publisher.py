@@ -16,7 +16,7 @@ from typing import Any, Final
 import zmq
 from zmq.backend import Socket as BackendSocket
 
-from engine.endpoint import bind, check_endpoint
+from feeds.endpoint import bind, check_endpoint
 from feeds.errors import InputError
 
 DEFAULT_SEND_HWM: Final = 100_000
@@ -91,11 +91,10 @@ class SignalPublisher:
         self._socket.setsockopt(zmq.SNDHWM, send_hwm)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         try:
-            bind(self._socket, endpoint, key="publish.endpoint")
+            self.endpoint = bind(self._socket, endpoint, key="publish.endpoint")
         except InputError:
             self.close()
             raise
-        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
     def fd(self) -> int:

@@ -6,15 +6,13 @@ Source: RFC 29/PUBSUB and ``zmq_setsockopt(3)`` for XPUB_NODROP and XPUB_VERBOSE
 
 from __future__ import annotations
 
-import os
-import socket as unix
 import threading
 from collections.abc import Sequence
 from typing import Final
 
 import zmq
 
-from feeds.errors import InputError
+from feeds.endpoint import bind
 from feeds.snapshots import SnapshotService
 
 SEND_HWM: Final = 100_000
@@ -24,49 +22,6 @@ SETTLE_MS: Final = 100  # after the awaited subscribers came: for the rest of th
 MAX_SUBSCRIPTIONS_A_TURN: Final = 64
 MAX_SUBSCRIPTIONS: Final = 65_536
 TOPIC_FLAGS: Final = int(zmq.SNDMORE | zmq.NOBLOCK)
-
-
-def bind(socket: zmq.Socket[bytes], endpoint: str, option: str) -> str:
-    """Bind a socket and return where it really is.
-
-    Raises
-    ------
-    InputError
-        If the endpoint is taken or no endpoint; names the option to change.
-    """
-    path = endpoint.removeprefix("ipc://")
-    taken = path != endpoint and not path.startswith("@") and _listened_to(path)
-    try:
-        if not taken:
-            socket.bind(endpoint)
-            return socket.getsockopt_string(zmq.LAST_ENDPOINT)
-    except zmq.ZMQError as error:
-        taken = error.errno == zmq.EADDRINUSE
-        if not taken:
-            raise InputError(
-                "endpoint cannot be bound",
-                where=endpoint,
-                expected="for example tcp://127.0.0.1:5555 or ipc:///run/octick/feed",
-                found=str(error.strerror),
-                fix=f"pass another with {option}",
-            ) from None
-    raise InputError(
-        "endpoint is taken by another process",
-        where=endpoint,
-        fix=f"stop that process, or pass another endpoint with {option}",
-    )
-
-
-def _listened_to(path: str) -> bool:
-    # ZeroMQ would take the socket file away from whoever listens on it.
-    if not os.path.exists(path):
-        return False
-    with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-    return True
 
 
 class Outlet:
@@ -111,12 +66,12 @@ class Outlet:
             self.feed.setsockopt(zmq.LINGER, LINGER_MS)
             self.feed.setsockopt(zmq.XPUB_VERBOSER, 1)
             self.feed.setsockopt(zmq.XPUB_NODROP, int(lossless))
-            self.endpoint = bind(self.feed, bind_to, "--bind")
+            self.endpoint = bind(self.feed, bind_to, key="--bind")
             self._poller.register(self.feed, zmq.POLLIN)
             self.router = self._context.socket(zmq.ROUTER)
             self.router.setsockopt(zmq.LINGER, LINGER_MS)
             if snapshots:
-                self.snapshot_endpoint = bind(self.router, snapshots, "--snapshots")
+                self.snapshot_endpoint = bind(self.router, snapshots, key="--snapshots")
                 self._poller.register(self.router, zmq.POLLIN)
         except BaseException:
             self._context.destroy(linger=0)

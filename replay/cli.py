@@ -102,7 +102,7 @@ def replay(
 def _print_report(report: Report) -> None:
     from rich.table import Table
 
-    from feeds.cli import wide_console
+    from feeds.output import wide_console
 
     console = wide_console()
     table = Table.grid(padding=(0, 2))

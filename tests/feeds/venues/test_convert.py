@@ -12,8 +12,8 @@ import pytest
 import zstandard
 from click.testing import CliRunner
 
-from feeds.cli import convert as command
 from feeds.errors import InputError
+from feeds.tape_cli import convert as command
 from feeds.tape_reader import TapeReader
 from feeds.venues.conversion import SOURCE_IDS, instrument_id
 from feeds.venues.convert import convert, tape_path

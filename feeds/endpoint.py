@@ -49,8 +49,15 @@ def _tcp_fault(rest: str, binds: bool) -> str:
     return ""
 
 
-def bind(socket: zmq.Socket[Any], endpoint: str, *, key: str) -> None:
-    """Bind, or say in one line why not.
+def bind(socket: zmq.Socket[Any], endpoint: str, *, key: str) -> str:
+    """Bind, and return where the socket really is; or say in one line why not.
+
+    Parameters
+    ----------
+    socket : zmq.Socket
+    endpoint : str
+    key : str
+        Config key or option that names the endpoint.
 
     Raises
     ------
@@ -62,7 +69,7 @@ def bind(socket: zmq.Socket[Any], endpoint: str, *, key: str) -> None:
     try:
         if not taken:
             socket.bind(endpoint)
-            return
+            return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
     except zmq.ZMQError as error:
         if error.errno != zmq.EADDRINUSE:
             raise InputError(
