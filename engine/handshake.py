@@ -157,8 +157,8 @@ class Handshake:
         venue, symbol, reason = (
             block[field].decode("ascii", "replace") for field in ("venue", "symbol", "reason")
         )
-        if len(self._feeds) > 1:
-            return  # another feed may know it
+        if block["code"] == wire.REJECT_NOT_YET or len(self._feeds) > 1:
+            return  # it is asked again; or another feed may know it
         raise InputError(
             f"unknown symbol {venue}.{symbol}",
             where=self._feeds[0].config.snapshot_endpoint,

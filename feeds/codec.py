@@ -25,6 +25,7 @@ from feeds.wire import (
     MAX_LEVELS_A_GROUP,
     PREFIX_BYTES,
     REJECT,
+    REJECT_BLOCK,
     SCHEMA_ID,
     SCHEMA_VERSION,
     SNAPSHOT,
@@ -233,10 +234,11 @@ def encode_snapshot_request(venue: str, symbol: str) -> bytes:
     )
 
 
-def encode_reject(venue: bytes, symbol: bytes, reason: str) -> bytes:
+def encode_reject(venue: bytes, symbol: bytes, code: int, reason: str) -> bytes:
     """A Reject of a snapshot request; the reason is cut at 128 characters."""
-    text = reason.encode("ascii", "replace")[:128].ljust(128, b"\0")
-    return header(REJECT, 176) + venue.ljust(16, b"\0") + symbol.ljust(32, b"\0") + text
+    text = reason.encode("ascii", "replace")[:128]
+    block = struct.pack("<16s32s128sB7x", venue, symbol, text, code)
+    return header(REJECT, REJECT_BLOCK) + block
 
 
 def topic(kind: str, venue: str, symbol: str) -> bytes:

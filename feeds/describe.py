@@ -30,7 +30,7 @@ BLOCKS: Final = {
     wire.TRADE: wire.TRADE_DTYPE,
     wire.HEARTBEAT: wire.PREFIX_DTYPE,
     wire.SNAPSHOT_REQUEST: np.dtype([("venue", "S16"), ("symbol", "S32")]),
-    wire.REJECT: np.dtype([("venue", "S16"), ("symbol", "S32"), ("reason", "S128")]),
+    wire.REJECT: wire.REJECT_DTYPE,
     wire.TIMER: np.dtype([("now_ns", "<i8")]),
     wire.SIGNAL: wire.SIGNAL_DTYPE,
     wire.ENGINE_STATE: wire.ENGINE_STATE_DTYPE,

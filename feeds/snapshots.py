@@ -177,7 +177,9 @@ class SnapshotService:
     def _answers(self, request: bytes) -> list[list[bytes]]:
         if codec.template_id(request) != wire.SNAPSHOT_REQUEST or len(request) < 56:
             self.rejected += 1
-            reject = codec.encode_reject(b"", b"", "not a SnapshotRequest of this schema")
+            reject = codec.encode_reject(
+                b"", b"", wire.REJECT_MALFORMED, "not a SnapshotRequest of this schema"
+            )
             return [[codec.topic("l2", "", ""), reject]]
         venue_bytes = request[8:24].rstrip(b"\0")
         symbol_bytes = request[24:56].rstrip(b"\0")
@@ -186,12 +188,21 @@ class SnapshotService:
         slot = self._slots.get((venue, symbol))
         if slot is None:
             self.rejected += 1
-            return [[topic, codec.encode_reject(venue_bytes, symbol_bytes, self._unknown())]]
+            return [
+                [
+                    topic,
+                    codec.encode_reject(
+                        venue_bytes, symbol_bytes, wire.REJECT_UNKNOWN, self._unknown()
+                    ),
+                ]
+            ]
         book = self._book(slot)
         if not book.known:
             self.rejected += 1
             reason = "book unknown until the source's next snapshot"
-            return [[topic, codec.encode_reject(venue_bytes, symbol_bytes, reason)]]
+            return [
+                [topic, codec.encode_reject(venue_bytes, symbol_bytes, wire.REJECT_NOT_YET, reason)]
+            ]
         self.served += 1
         meta = self._instruments[slot]
         epoch, seq, exchange_ns = self._numbers(slot)

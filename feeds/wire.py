@@ -41,6 +41,7 @@ GROUP_HEADER_BYTES: Final = 4
 LEVEL_BYTES: Final = 16
 INSTRUMENT_BLOCK: Final = 120
 TRADE_BLOCK: Final = 80
+REJECT_BLOCK: Final = 184
 TIMER_BLOCK: Final = 8
 SIGNAL_BLOCK: Final = 208
 SIGNAL_CANONICAL_BLOCK: Final = 152
@@ -67,6 +68,11 @@ AT_SYMBOL: Final = 72
 
 FLAG_SOURCE_GAP: Final = 1  # the source itself lost venue data before this message
 FLAG_ANSWER: Final = 2  # an answer of the snapshot service: seq is the last one sent, not its own
+
+# Why a snapshot request is rejected.
+REJECT_UNKNOWN: Final = 1  # no such instrument
+REJECT_NOT_YET: Final = 2  # its book is not known yet: ask again
+REJECT_MALFORMED: Final = 3  # no SnapshotRequest
 
 AGGRESSOR_UNKNOWN: Final = 0
 AGGRESSOR_BUY: Final = 1
@@ -122,7 +128,9 @@ TRADE_DTYPE: Final = np.dtype(
         ("padding", "V7"),
     ]
 )
-REJECT_DTYPE: Final = np.dtype([("venue", "S16"), ("symbol", "S32"), ("reason", "S128")])
+REJECT_DTYPE: Final = np.dtype(
+    [("venue", "S16"), ("symbol", "S32"), ("reason", "S128"), ("code", "u1"), ("padding", "V7")]
+)
 LEVEL_DTYPE: Final = np.dtype([("price_ticks", "<i8"), ("quantity_lots", "<i8")])
 SIGNAL_DTYPE: Final = np.dtype(
     [
@@ -194,6 +202,7 @@ ALERT_DTYPE: Final = np.dtype(
 )
 assert INSTRUMENT_DTYPE.itemsize == INSTRUMENT_BLOCK
 assert TRADE_DTYPE.itemsize == TRADE_BLOCK
+assert REJECT_DTYPE.itemsize == REJECT_BLOCK
 assert SIGNAL_DTYPE.itemsize == SIGNAL_BLOCK
 assert SIGNAL_DTYPE.fields is not None
 assert SIGNAL_DTYPE.fields["engine_epoch"][1] == SIGNAL_CANONICAL_BLOCK

@@ -105,9 +105,19 @@ def test_it_says_what_it_waits_for(feed: Feed) -> None:
 
 def test_an_unknown_symbol_is_refused_by_name(feed: Feed) -> None:
     feed.handshake.poll()
-    feed.answer(codec.encode_reject(b"test", b"A", "known: X, Y"))
+    feed.answer(codec.encode_reject(b"test", b"A", wire.REJECT_UNKNOWN, "known: X, Y"))
     with pytest.raises(InputError, match=r"unknown symbol test\.A.*known: X, Y"):
         feed.until(complete=True)
+
+
+def test_a_book_that_is_not_known_yet_is_asked_for_again(feed: Feed) -> None:
+    feed.handshake.poll()
+    feed.answer(codec.encode_reject(b"test", b"A", wire.REJECT_NOT_YET, "no snapshot so far"))
+    feed.handshake.poll()
+    feed.handshake.poll()
+    feed.answer(feed.define(B, 4))
+    feed.answer(feed.define(A, 3))
+    feed.until(complete=True)
 
 
 def test_two_instruments_under_one_id_are_refused(feed: Feed) -> None:

@@ -29,7 +29,7 @@ BLOCKS = {
     wire.TRADE: wire.TRADE_DTYPE,
     wire.HEARTBEAT: wire.PREFIX_DTYPE,
     wire.SNAPSHOT_REQUEST: np.dtype([("venue", "S16"), ("symbol", "S32")]),
-    wire.REJECT: np.dtype([("venue", "S16"), ("symbol", "S32"), ("reason", "S128")]),
+    wire.REJECT: wire.REJECT_DTYPE,
     wire.TIMER: np.dtype([("now_ns", "<i8")]),
     wire.SIGNAL: wire.SIGNAL_DTYPE,
     wire.ENGINE_STATE: wire.ENGINE_STATE_DTYPE,
@@ -256,11 +256,14 @@ def test_timers_requests_and_rejects_decode_elsewhere(now_ns, venue, symbol) -> 
     assert check(timer) == 0
     request = codec.encode_snapshot_request(venue, symbol)
     assert independent(request) == ("SnapshotRequest", {"venue": venue, "symbol": symbol})
-    reject = codec.encode_reject(venue.encode(), symbol.encode(), "no such instrument")
-    assert independent(reject) == (
-        "Reject",
-        {"venue": venue, "symbol": symbol, "reason": "no such instrument"},
+    reject = codec.encode_reject(
+        venue.encode(), symbol.encode(), wire.REJECT_UNKNOWN, "no such instrument"
     )
+    name, fields = independent(reject)
+    assert name == "Reject"
+    assert fields.pop("padding") == ""
+    reason = "no such instrument"
+    assert fields == {"venue": venue, "symbol": symbol, "reason": reason, "code": 1}
 
 
 @pytest.mark.parametrize("template", [wire.SIGNAL, wire.ENGINE_STATE, wire.ALERT])
