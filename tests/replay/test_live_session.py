@@ -149,6 +149,9 @@ def test_a_session_with_faults_heals_and_still_replays(
     options = [word for fault in faults for word in ("--fault", fault)]
     market = processes.market("--rate", "600", "--seconds", "8", *options)
     engine = processes.engine(processes.config(reference_bundle))
+    told = processes.folder / "alerts.jsonl"
+    alerts = ("subscribe", processes.endpoint("signals"), "--topic", "alert.", "--json")
+    watcher = processes.start(*alerts, out=told)
     out, err = market.communicate(timeout=READY_S)
     injected = json.loads(out.splitlines()[-1])["faults"]
     assert sum(injected.values()) > 10, err
@@ -156,13 +159,33 @@ def test_a_session_with_faults_heals_and_still_replays(
     assert totals["gaps"] > 0
     assert totals["duplicates"] > 0
     assert processes.verify(reference_bundle)["verification"]["differing"] == 0
-    untouched = {
+    with_gaps = {
         record.payload[8 + 16 : 8 + 48].tobytes().rstrip(b"\0").decode()
         for record in TapeReader(processes.tape).records()
         if record.kind == SIGNAL and int.from_bytes(record.payload[8 + 94 : 8 + 96], "little") & 2
     }
-    assert "ALPHA" in untouched, "its gaps were told"
-    assert "GAMMA" not in untouched, "and touched no instrument without faults"
+    assert "ALPHA" in with_gaps, "its gaps were told"
+    assert "GAMMA" not in with_gaps, "and touched no instrument without faults"
+    watcher.send_signal(signal.SIGINT)
+    watcher.communicate(timeout=READY_S)
+    texts = {
+        (alert["symbol"], alert["text"]) for alert in map(json.loads, told.read_text().splitlines())
+    }
+    assert ("ALPHA", "book GAP") in texts
+    assert not any(symbol == "GAMMA" for symbol, _ in texts)
+
+
+def test_busy_polling_records_and_replays_the_same(
+    processes: Processes, reference_bundle: Path
+) -> None:
+    market = processes.market("--rate", "600", "--seconds", "3")
+    config = processes.config(reference_bundle, extra="[loop]\nbusy_poll = true\nuvloop = false\n")
+    engine = processes.engine(config)
+    market.communicate(timeout=READY_S)
+    totals = stop(engine)
+    assert totals["lost"] == 0
+    assert totals["messages"] > 1_000
+    assert processes.verify(reference_bundle)["verification"]["differing"] == 0
 
 
 def test_a_late_joiner_gets_the_state_first(processes: Processes, reference_bundle: Path) -> None:
