@@ -244,6 +244,21 @@ def _state_facts(  # type: ignore[no-untyped-def]
     shared[FIRED_SLOT] = slot
 
 
+@njit("boolean(int64[::1], uint8[::1], int64)", cache=True)
+def _confirms(row, buf, start):  # type: ignore[no-untyped-def]
+    """Does a message that changes nothing still say that the book is current?
+
+    A heartbeat does, if it knows of all that is in the book. A message from before does not: a
+    source whose sequence ran backwards must not keep its last book looking fresh.
+    """
+    template = load_u16(buf, start + 2)
+    return (
+        (template == wire.HEARTBEAT or template == wire.INSTRUMENT)
+        and load_i64(buf, start + wire.AT_EPOCH) == row[sync.EPOCH]
+        and load_i64(buf, start + wire.AT_SEQ) >= row[sync.LAST_SEQ]
+    )
+
+
 @njit(
     "void(uint8[::1], int64, int64, int64, int64[::1], uint8[::1], int64[:,::1], int64[:,:,::1],"
     " int64[:,:,::1], int64[::1], int64[::1], int64[::1], float64[::1], int64[::1], int64[::1])",
@@ -357,9 +372,10 @@ def advance(  # type: ignore[no-untyped-def]
         shared[LAST_SLOT] = slot
         row, track = sync_rows[slot], tracks[slot]
         levels, depth = tops[slot], depths[slot]
-        track[LAST_RECEIVED] = received
-        track[STALE] = 0
         action = sync.classify(row, held[slot], buf, start)
+        if action != sync.DROP or _confirms(row, buf, start):
+            track[LAST_RECEIVED] = received
+            track[STALE] = 0
         applied = action != sync.DROP and action != sync.HOLD
         if action != sync.DROP:
             _take(

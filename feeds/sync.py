@@ -3,11 +3,12 @@
 
     SYNCING ──snapshot──▶ SYNCED ──hole, source gap──▶ GAP ──hole closed, snapshot──▶ SYNCED
        ▲                     │                          │
-       └─────────────────────┴────── new epoch ─────────┘
+       └─────────────────────┴─── new sequence ─────────┘
 
 `classify` looks at one message and says what to do with it; the caller does it. A hole holds back
 what follows it. It closes by the missing message itself (it was only late) or by a snapshot that
-covers it. One instrument's row knows nothing of another's.
+covers it. A new sequence is a higher epoch; or, from a source that breaks the contract, a sequence
+that runs backwards within one. One instrument's row knows nothing of another's.
 
 The held messages lie end to end in a byte array, each behind its length, in order of arrival.
 
@@ -55,7 +56,10 @@ RESETS: Final = 12
 SNAPSHOTS: Final = 13
 COVERED: Final = 14  # came after a snapshot that already holds them
 OVERFLOWS: Final = 15
-ROW_FIELDS: Final = 16
+REPEATS: Final = 16  # duplicates since the last message that went into the book
+ROW_FIELDS: Final = 17
+
+MAX_REPEATS: Final = 64  # more in a row: the sequence runs backwards, the source started over
 
 # What to do with a message.
 DROP: Final = 0
@@ -72,6 +76,30 @@ def _open_gap(row):  # type: ignore[no-untyped-def]
     row[STATE] = GAP
     row[GAPS] += 1
     row[WANT_SNAPSHOT] = 1
+
+
+@njit("void(int64[::1])", cache=True)
+def _start_over(row):  # type: ignore[no-untyped-def]
+    """A new sequence: nothing of the one before is of use."""
+    row[STATE] = SYNCING
+    row[LAST_SEQ] = 0
+    row[SEEN_SEQ] = -1
+    row[BROKEN] = 0
+    row[HELD_BYTES] = 0
+    row[REPEATS] = 0
+    row[WANT_SNAPSHOT] = 1
+
+
+@njit("int64(int64[::1])", cache=True)
+def _repeated(row):  # type: ignore[no-untyped-def]
+    """Count a duplicate; too many in a row are no duplicates but a source that started over."""
+    row[DUPLICATES] += 1
+    row[REPEATS] += 1
+    if row[REPEATS] <= MAX_REPEATS:
+        return DROP
+    row[RESETS] += 1
+    _start_over(row)
+    return HOLD
 
 
 @njit("int64(uint8[::1], int64, int64)", cache=True)
@@ -114,12 +142,17 @@ def classify(row, held, buf, start):  # type: ignore[no-untyped-def]
         if row[EPOCH] != 0:
             row[RESETS] += 1
         row[EPOCH] = epoch
-        row[STATE] = SYNCING
-        row[LAST_SEQ] = 0
-        row[SEEN_SEQ] = -1
-        row[BROKEN] = 0
-        row[HELD_BYTES] = 0
-        row[WANT_SNAPSHOT] = 1
+        _start_over(row)
+
+    if (
+        template == SNAPSHOT
+        and flags & FLAG_ANSWER == 0
+        and row[STATE] != SYNCING
+        and seq < row[LAST_SEQ]
+    ):
+        # The book opens again further back: a source that started over without a new epoch.
+        row[RESETS] += 1
+        _start_over(row)
 
     last = row[LAST_SEQ]
     seen = row[SEEN_SEQ]
@@ -150,9 +183,9 @@ def classify(row, held, buf, start):  # type: ignore[no-untyped-def]
         if state == SYNCED and not takes_seq:
             return DROP  # an answer nobody needs any more
         if state != SYNCING and seq <= last:
-            row[DUPLICATES] += takes_seq
-            return DROP
+            return _repeated(row) if takes_seq else DROP
         row[SNAPSHOTS] += 1
+        row[REPEATS] = 0
         row[LAST_SEQ] = seq
         row[BROKEN] = 0
         row[WANT_SNAPSHOT] = 0
@@ -166,28 +199,27 @@ def classify(row, held, buf, start):  # type: ignore[no-untyped-def]
     if state == SYNCED:
         if seq == last + 1:
             row[LAST_SEQ] = seq
+            row[REPEATS] = 0
             return APPLY
         if seq <= last:
             if seq <= seen:
-                row[DUPLICATES] += 1
-            else:
-                row[COVERED] += 1
+                return _repeated(row)
+            row[COVERED] += 1
             return DROP
         _open_gap(row)
         return HOLD
 
     if state == GAP:
         if seq <= last:
-            row[DUPLICATES] += 1
-            return DROP
+            return _repeated(row)
         if seq <= seen:
             if _held_seq(held, row[HELD_BYTES], seq):
-                row[DUPLICATES] += 1
-                return DROP
+                return _repeated(row)
             row[LATE] += 1
             row[LOST] -= 1
         if seq == last + 1 and row[BROKEN] == 0:
             row[LAST_SEQ] = seq
+            row[REPEATS] = 0
             return APPLY
     return HOLD
 

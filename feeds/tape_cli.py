@@ -75,7 +75,8 @@ def convert(
         )
     if as_json:
         found = msgspec.to_builtins(done)
-        print_json({**found, **found.pop("counts")})
+        counts = found.pop("counts")
+        print_json(found | counts)
         return
     click.echo(
         f"{done.tape}: {done.venue} {done.symbol}, tick {done.tick}, lot {done.lot}: "

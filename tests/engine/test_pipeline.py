@@ -131,6 +131,28 @@ def test_silence_makes_an_instrument_stale_and_its_next_message_mends_it() -> No
     assert states(run, "B") == ["SYNCED", "STALE"]
 
 
+def test_repetitions_do_not_keep_a_book_fresh() -> None:
+    settings = config(("A",), trust=TrustConfig(stale_after_ns=1_000_000))
+    messages = flow(A, 2, 100, seed=1)
+    run = Run(settings).send(*opening(A), *messages)
+    behind = codec.encode_heartbeat(1, A, 1, 51, 0, 0)
+    run.take(records([*messages[:30], behind], first_ns=2_000_000))
+    timer = codec.encode_timer(2_040_000)
+    run.take(records([timer], first_ns=2_040_000))
+    assert states(run) == ["SYNCED", "STALE"]
+    current = codec.encode_heartbeat(1, A, 1, 101, 0, 0)
+    run.take(records([current], first_ns=2_050_000))
+    assert states(run) == ["SYNCED", "STALE", "SYNCED"]
+
+
+def test_a_source_that_starts_over_without_a_new_epoch_is_followed() -> None:
+    again = [*opening(A, 3000), *flow(A, 2, 50, seed=2, middle=3000)]
+    run = Run().send(*opening(A), *flow(A, 2, 100, seed=1), *again)
+    fresh = Run().send(*again)
+    assert run.levels("A") == fresh.levels("A")
+    assert run.pipeline.counters["resets"] == 1
+
+
 def test_a_crossed_book_is_not_tradable() -> None:
     run = Run().send(*opening(A), *flow(A, 2, 500, seed=1))
     run.send(book(wire.DELTA, A, 502, [(1003, 5)], []))

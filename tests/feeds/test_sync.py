@@ -178,6 +178,39 @@ def test_a_new_epoch_starts_over_and_the_old_one_is_ignored_from_then_on() -> No
     assert stream.count(sync.LOST) == 0
 
 
+def test_a_sequence_that_runs_backwards_is_a_source_that_started_over() -> None:
+    last = 2 * sync.MAX_REPEATS
+    stream = synced(last).send(*range(2, 2 + sync.MAX_REPEATS))
+    assert stream.state == "SYNCED", "so far they may be duplicates"
+    assert stream.applied == list(range(2, last + 1))
+    stream.send(2 + sync.MAX_REPEATS)
+    assert stream.state == "SYNCING"
+    assert stream.count(sync.WANT_SNAPSHOT) == 1
+    assert stream.count(sync.RESETS) == 1
+    seq = 2 + sync.MAX_REPEATS
+    stream.snapshot(seq, answer=True).send(seq + 1)
+    assert stream.state == "SYNCED"
+    assert stream.applied[-1] == seq + 1
+    assert stream.count(sync.LOST) == 0
+
+
+def test_a_book_that_opens_again_further_back_is_taken_at_once() -> None:
+    stream = synced(last=9).snapshot(1).send(2, 3)
+    assert stream.state == "SYNCED"
+    assert stream.replaced[-1] == (1, True)
+    assert stream.applied[-2:] == [2, 3]
+    assert stream.count(sync.RESETS) == 1
+
+
+def test_duplicates_with_progress_between_them_are_no_new_sequence() -> None:
+    stream = synced(last=2)
+    for seq in range(3, 3 + 3 * sync.MAX_REPEATS):
+        stream.send(seq, seq)
+    assert stream.state == "SYNCED"
+    assert stream.count(sync.RESETS) == 0
+    assert stream.count(sync.DUPLICATES) == 3 * sync.MAX_REPEATS
+
+
 def test_an_in_band_snapshot_in_sequence_loses_nothing_and_resets_nothing() -> None:
     stream = synced(last=3).snapshot(4)
     assert stream.replaced[-1] == (4, False)
