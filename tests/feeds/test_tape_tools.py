@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from feeds import cli, codec, tape, wire
+from feeds import codec, tape, tape_cli, wire
 from feeds.describe import describe, differences
 from feeds.errors import InputError
 from feeds.signal_table import SignalFile
@@ -97,7 +97,7 @@ def call(command: Any, *arguments: object) -> tuple[int, Any]:
 
 
 def test_info_counts_what_is_there(path: Path) -> None:
-    code, found = call(cli.info, path)
+    code, found = call(tape_cli.info, path)
     assert code == 0
     assert found == json.loads(json.dumps(summarise(path)))
     assert found["records"] == 10
@@ -130,7 +130,7 @@ def test_info_counts_what_is_there(path: Path) -> None:
 
 def test_info_on_a_tape_that_was_cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
-    code, found = call(cli.info, path)
+    code, found = call(tape_cli.info, path)
     assert code == 0
     assert found["truncated"]
     assert found["records"] == 9
@@ -138,7 +138,11 @@ def test_info_on_a_tape_that_was_cut_short(path: Path) -> None:
 
 
 def test_the_tables_print(path: Path) -> None:
-    for command, arguments in ((cli.info, [path]), (cli.verify, [path]), (cli.diff, [path, path])):
+    for command, arguments in (
+        (tape_cli.info, [path]),
+        (tape_cli.verify, [path]),
+        (tape_cli.diff, [path, path]),
+    ):
         result = CliRunner().invoke(command, [str(argument) for argument in arguments])
         assert result.exit_code == 0
         assert result.stdout
@@ -148,10 +152,10 @@ def test_the_tables_print(path: Path) -> None:
 
 
 def test_verify_accepts_a_good_tape_and_its_sealed_twin(path: Path) -> None:
-    code, found = call(cli.verify, path)
+    code, found = call(tape_cli.verify, path)
     assert (code, found["ok"], found["records"], found["fault"]) == (0, True, 10, None)
     seal_tape(path)
-    code, found = call(cli.verify, path.with_name("a.tape.zst"))
+    code, found = call(tape_cli.verify, path.with_name("a.tape.zst"))
     assert (code, found["ok"], found["records"], found["sealed"]) == (0, True, 10, True)
 
 
@@ -163,7 +167,7 @@ def test_verify_names_the_first_bad_record(path: Path, index: int) -> None:
     if index < 9:
         data[offsets[9] + 9] ^= 1
     path.write_bytes(data)
-    code, found = call(cli.verify, path)
+    code, found = call(tape_cli.verify, path)
     assert code == 1
     assert (found["fault"]["index"], found["fault"]["offset"]) == (index, offsets[index])
     assert (found["records"], found["good_bytes"]) == (index, offsets[index])
@@ -173,13 +177,13 @@ def test_verify_finds_a_missing_end_and_time_that_runs_backwards(tmp_path: Path)
     records = session()
     cut = write(tmp_path / "cut.tape", records)
     cut.write_bytes(cut.read_bytes()[:-8])
-    code, found = call(cli.verify, cut)
+    code, found = call(tape_cli.verify, cut)
     assert (code, found["records"]) == (1, 10)
     kind, _, payload = records[5]
     records[5] = (kind, START_NS, payload)
     back = write(tmp_path / "back.tape", records)
     offsets = [record.offset for record in TapeReader(back).records()]
-    code, found = call(cli.verify, back)
+    code, found = call(tape_cli.verify, back)
     assert code == 1
     assert (found["fault"]["index"], found["fault"]["offset"]) == (5, offsets[5])
 
@@ -201,7 +205,7 @@ def test_verify_tells_a_damaged_header_from_what_is_no_tape(path: Path, tmp_path
 
 def test_equal_tapes_have_no_difference(path: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "b.tape", session(), hashes={"model": "0"})
-    code, found = call(cli.diff, path, other)
+    code, found = call(tape_cli.diff, path, other)
     assert (code, found["equal"], found["records"], found["same_header"]) == (0, True, 10, False)
     seal_tape(other)
     assert diff(path, tmp_path / "b.tape.zst").equal
@@ -209,7 +213,7 @@ def test_equal_tapes_have_no_difference(path: Path, tmp_path: Path) -> None:
 
 def test_diff_names_record_offsets_and_fields(path: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "b.tape", session(seed=1))
-    code, found = call(cli.diff, path, other)
+    code, found = call(tape_cli.diff, path, other)
     offsets = [record.offset for record in TapeReader(path).records()]
     assert code == 1
     assert found["difference"] == {
@@ -257,7 +261,7 @@ def test_diff_can_pass_over_wall_clock_times(tmp_path: Path) -> None:
 
 
 def test_export_writes_every_level_trade_and_signal(path: Path, tmp_path: Path) -> None:
-    code, done = call(cli.export, path, "--out", tmp_path / "out")
+    code, done = call(tape_cli.export, path, "--out", tmp_path / "out")
     assert code == 0
     assert done["rows"] == {"book": 5, "trades": 2, "signals": 2}
     book = pq.read_table(tmp_path / "out" / "book.parquet")
@@ -307,7 +311,7 @@ def test_export_does_not_depend_on_the_chunks(tmp_path, monkeypatch) -> None:
 
 def test_export_of_one_table_to_one_file(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
-    code, done = call(cli.export, path, "--out", out, "--table", "trades")
+    code, done = call(tape_cli.export, path, "--out", out, "--table", "trades")
     assert (code, done["files"]) == (0, {"trades": str(out)})
     assert pq.read_metadata(out).num_rows == 2
     with pytest.raises(InputError, match="exists"):
@@ -356,7 +360,7 @@ def test_signals_written_one_by_one_are_a_valid_file_at_any_time(tmp_path: Path)
 
 def test_seal_replaces_the_raw_tape_by_the_same_bytes(path: Path) -> None:
     before = path.read_bytes()
-    code, done = call(cli.seal, path)
+    code, done = call(tape_cli.seal, path)
     sealed = Path(done["target"])
     assert code == 0
     assert sealed == path.with_name("a.tape.zst")
