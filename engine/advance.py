@@ -25,6 +25,7 @@ from engine.book import (
 )
 from feeds import sync, tape, wire
 from feeds.crc32c import crc32c
+from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16, load_u32
 
 # Columns of `shared`, int64: what belongs to no single instrument.
@@ -70,7 +71,7 @@ STREAM_RESET: Final = 13  # 1 = the model's stream state starts anew with the ne
 TRACK_FIELDS: Final = 14
 
 
-@njit("int64(uint8[::1], int64, uint8[:,::1], int64[:,::1], int64)", cache=True)
+@inner("int64(uint8[::1], int64, uint8[:,::1], int64[:,::1], int64)")
 def find_slot(buf, start, keys, ids, last_slot):  # type: ignore[no-untyped-def]
     """Slot of the instrument a message is about, or -1; an Instrument message assigns its ids."""
     source_id, instrument_id = wire.instrument_key(buf, start)
@@ -94,7 +95,7 @@ def find_slot(buf, start, keys, ids, last_slot):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit("int64(uint8[::1], int64)", cache=True)
+@inner("int64(uint8[::1], int64)")
 def _count_levels(buf, start):  # type: ignore[no-untyped-def]
     at = start + wire.HEADER_BYTES + load_u16(buf, start)
     bids = load_u16(buf, at + 2)
@@ -141,7 +142,7 @@ def _apply(buf, start, reset, window, far, levels, depth, flow, fi, ff, track, s
         track[FIRST_SEQ] = load_i64(buf, start + wire.AT_SEQ)
 
 
-@njit("int64(int64[::1], int64[::1], int64[:,:,::1], int64[::1])", cache=True)
+@inner("int64(int64[::1], int64[::1], int64[:,:,::1], int64[::1])")
 def _book_state(row, track, levels, depth):  # type: ignore[no-untyped-def]
     if row[sync.STATE] == sync.SYNCING:
         return trust.SYNCING
@@ -154,7 +155,7 @@ def _book_state(row, track, levels, depth):  # type: ignore[no-untyped-def]
     return trust.SYNCED
 
 
-@njit("boolean(int64[::1], int64[::1], int64[:,:,::1], int64[::1])", cache=True)
+@inner("boolean(int64[::1], int64[::1], int64[:,:,::1], int64[::1])")
 def _triggered(params, track, levels, depth):  # type: ignore[no-untyped-def]
     """Is a signal due after the messages just applied? Keeps the trigger's own state."""
     bid, ask = best_price(levels, depth, BID), best_price(levels, depth, ASK)
@@ -182,11 +183,10 @@ def _triggered(params, track, levels, depth):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(
+@inner(
     "void(int64, int64, int64, int64[::1], int64[::1], int64[:,:,::1], int64[::1], int64[::1],"
     " float64[::1], int64[::1], int64[::1], float64[::1], float64[::1], float64[::1], float64,"
-    " float32[:,::1], uint8[::1])",
-    cache=True,
+    " float32[:,::1], uint8[::1])"
 )
 def _state_facts(  # type: ignore[no-untyped-def]
     slot, state, received, row, track, levels, depth, fi, ff, shared, facts, vector, mean,
@@ -244,7 +244,7 @@ def _state_facts(  # type: ignore[no-untyped-def]
     shared[FIRED_SLOT] = slot
 
 
-@njit("boolean(int64[::1], uint8[::1], int64)", cache=True)
+@inner("boolean(int64[::1], uint8[::1], int64)")
 def _confirms(row, buf, start):  # type: ignore[no-untyped-def]
     """Does a message that changes nothing still say that the book is current?
 
@@ -259,10 +259,9 @@ def _confirms(row, buf, start):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(
+@inner(
     "void(uint8[::1], int64, int64, int64, int64[::1], uint8[::1], int64[:,::1], int64[:,:,::1],"
-    " int64[:,:,::1], int64[::1], int64[::1], int64[::1], float64[::1], int64[::1], int64[::1])",
-    cache=True,
+    " int64[:,:,::1], int64[::1], int64[::1], int64[::1], float64[::1], int64[::1], int64[::1])"
 )
 def _take(  # type: ignore[no-untyped-def]
     buf, start, length, action, row, held, window, far, levels, depth, flow, fi, ff, track, shared

@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 
 from engine.bits import highest_bit, lowest_bit
+from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16
 from feeds.wire import GROUP_HEADER_BYTES, HEADER_BYTES
 
@@ -55,14 +56,14 @@ _FAR: Final = _BASE + 3  # levels in `far`
 ROW_CELLS: Final = _BASE + 8
 
 
-@njit("void(int64[::1], int64)", cache=True)
+@inner("void(int64[::1], int64)")
 def _mark(row, cell):  # type: ignore[no-untyped-def]
     word = cell >> 6
     row[_AT_WORDS + word] |= np.int64(1) << (cell & 63)
     row[_AT_SUPER + (word >> 6)] |= np.int64(1) << (word & 63)
 
 
-@njit("void(int64[::1], int64)", cache=True)
+@inner("void(int64[::1], int64)")
 def _unmark(row, cell):  # type: ignore[no-untyped-def]
     word = cell >> 6
     row[_AT_WORDS + word] &= ~(np.int64(1) << (cell & 63))
@@ -92,7 +93,7 @@ def _below(row, cell):  # type: ignore[no-untyped-def]
     return (word << 6) + highest_bit(row[_AT_WORDS + word])
 
 
-@njit("int64(int64[:,::1], int64, int64, int64)", cache=True)
+@inner("int64(int64[:,::1], int64, int64, int64)")
 def _far_point(far, n, goodness, sign):  # type: ignore[no-untyped-def]
     """Index of the first far level at least this good; n where none is."""
     low, high = 0, n
@@ -105,7 +106,7 @@ def _far_point(far, n, goodness, sign):  # type: ignore[no-untyped-def]
     return low
 
 
-@njit("int64(int64[::1], int64[:,::1], int64, int64, int64)", cache=True)
+@inner("int64(int64[::1], int64[:,::1], int64, int64, int64)")
 def _set_far(row, far, sign, goodness, quantity):  # type: ignore[no-untyped-def]
     n = row[_FAR]
     at = _far_point(far, n, goodness, sign)
@@ -129,7 +130,7 @@ def _set_far(row, far, sign, goodness, quantity):  # type: ignore[no-untyped-def
     return 0
 
 
-@njit("void(int64[::1], int64[:,::1], int64, int64)", cache=True)
+@inner("void(int64[::1], int64[:,::1], int64, int64)")
 def _move_window(row, far, sign, best):  # type: ignore[no-untyped-def]
     """Move the window so that goodness ``best`` stands `HEADROOM` cells below its end."""
     base = best - (WINDOW - 1 - HEADROOM)
@@ -175,7 +176,7 @@ def _move_window(row, far, sign, best):  # type: ignore[no-untyped-def]
     row[_BEST] = _below(row, WINDOW)
 
 
-@njit("void(int64[::1], int64[:,::1])", cache=True)
+@inner("void(int64[::1], int64[:,::1])")
 def _drop_worst(row, far):  # type: ignore[no-untyped-def]
     n = row[_FAR]
     if n > 0:
@@ -196,7 +197,7 @@ def _drop_worst(row, far):  # type: ignore[no-untyped-def]
         row[_BEST] = -1
 
 
-@njit("int64(int64[:,::1], int64[:,:,::1], int64, int64, int64)", cache=True)
+@inner("int64(int64[:,::1], int64[:,:,::1], int64, int64, int64)")
 def set_level(window, far, side, price, quantity):  # type: ignore[no-untyped-def]
     """Set the total quantity at a price; 0 removes the level. Leaves ``top`` as it was.
 
@@ -258,7 +259,7 @@ def set_level(window, far, side, price, quantity):  # type: ignore[no-untyped-de
     return before
 
 
-@njit("void(int64[:,::1], int64[:,:,::1], int64[:,:,::1], int64[::1], int64)", cache=True)
+@inner("void(int64[:,::1], int64[:,:,::1], int64[:,:,::1], int64[::1], int64)")
 def refresh_top(window, far, top, depth, side):  # type: ignore[no-untyped-def]
     """Copy the best levels of a side into ``top`` and count them in ``depth``."""
     row = window[side]
@@ -334,7 +335,7 @@ def apply_levels(window, far, top, depth, flow, buf, start):  # type: ignore[no-
     return dropped
 
 
-@njit("void(int64[::1])", cache=True)
+@inner("void(int64[::1])")
 def _clear(row):  # type: ignore[no-untyped-def]
     for word in range(_WORDS):
         bits = row[_AT_WORDS + word]
@@ -399,7 +400,7 @@ def crossed(top, depth):  # type: ignore[no-untyped-def]
     return top[BID, PRICE, depth[BID] - 1] >= top[ASK, PRICE, depth[ASK] - 1]
 
 
-@njit("int64(int64[:,::1], int64)", cache=True)
+@inner("int64(int64[:,::1], int64)")
 def level_count(window, side):  # type: ignore[no-untyped-def]
     """How many levels a side has, near and far."""
     return window[side, _NEAR] + window[side, _FAR]

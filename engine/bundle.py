@@ -24,7 +24,6 @@ from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 
 from engine import features
 from engine.hashes import json_hash
@@ -317,6 +316,8 @@ def _read_model(path: Path, sha256: str, key: str) -> bytes:
 
 
 def _check_model(path: Path, data: bytes, manifest: Manifest) -> None:
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1

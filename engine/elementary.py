@@ -18,7 +18,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
+
+from feeds.inner import inner
 
 # ln 2 in two parts. The first has 21 trailing zero bits, so k * LN2_HIGH is exact for any
 # exponent k of a float64.
@@ -67,7 +68,7 @@ _E12: Final = 1.0 / 479001600.0
 _E13: Final = 1.0 / 6227020800.0
 
 
-@njit("float64(float64)", **LEAN)
+@inner("float64(float64)", **LEAN)
 def ln(x):  # type: ignore[no-untyped-def]
     """Natural logarithm of a finite positive float64; below 1 ulp of error, bit for bit portable.
 
@@ -108,7 +109,7 @@ def ln(x):  # type: ignore[no-untyped-def]
     return k * LN2_HIGH - ((half - (s * (half + r) + k * LN2_LOW)) - f)
 
 
-@njit("float64(float64)", **LEAN)
+@inner("float64(float64)", **LEAN)
 def half_power(halvings):  # type: ignore[no-untyped-def]
     """``2 ** -halvings``: what is left after that many half-lives; below 2 ulp of error.
 

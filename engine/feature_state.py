@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from engine.elementary import LEAN, half_power
+from feeds.inner import inner
 
 # Events counted for the warm-up, and when it ends.
 BOOK: Final = "book updates"
@@ -192,14 +193,14 @@ def reset(fi, ff):  # type: ignore[no-untyped-def]
         ff[LOG_SIZES + LEVELS + k] = NO_SIZE
 
 
-@njit("int64(int64[::1])", **LEAN)
+@inner("int64(int64[::1])", **LEAN)
 def is_warm(fi):  # type: ignore[no-untyped-def]
     """1 once `WARM_BOOK_UPDATES` deltas and `WARM_TRADES` trades came since `reset`, else 0."""
     warm = fi[BOOK_UPDATES] >= WARM_BOOK_UPDATES and fi[TRADE_COUNT] >= WARM_TRADES
     return np.int64(1) if warm else np.int64(0)
 
 
-@njit("UniTuple(float64, 3)(int64)", **LEAN)
+@inner("UniTuple(float64, 3)(int64)", **LEAN)
 def clock_decays(elapsed_ns):  # type: ignore[no-untyped-def]
     """What the clock leaves of sums with half-lives of 1 s, 4 s and 16 s.
 
@@ -218,7 +219,7 @@ def clock_decays(elapsed_ns):  # type: ignore[no-untyped-def]
     return fast, middle, slow
 
 
-@njit("int64(float64)", **LEAN)
+@inner("int64(float64)", **LEAN)
 def imbalance_bin(imbalance):  # type: ignore[no-untyped-def]
     """Bin of the micro-price table for a queue imbalance in [-1, 1]: eighths of its magnitude."""
     b = np.int64(abs(imbalance) * IMBALANCE_BINS)

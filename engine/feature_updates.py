@@ -36,6 +36,7 @@ from engine.feature_state import (
     TINY,
     clock_decays,
 )
+from feeds.inner import inner
 
 BUY: Final = 1
 SELL: Final = 2
@@ -44,12 +45,12 @@ SELL: Final = 2
 _RECIPROCALS: Final = np.array([0.0] + [1.0 / n for n in range(1, 2 * LEVELS + 1)])
 
 
-@njit("float64(float64)", **LEAN)
+@inner("float64(float64)", **LEAN)
 def _flushed(x):  # type: ignore[no-untyped-def]
     return x if abs(x) >= TINY else 0.0
 
 
-@njit("int64(int64[::1], float64[::1], int64)", **LEAN)
+@inner("int64(int64[::1], float64[::1], int64)", **LEAN)
 def _advance(fi, ff, t_ns):  # type: ignore[no-untyped-def]
     """Let the clock sums decay up to an event; returns its time, never before the last one's."""
     now = min(max(t_ns, 0), at.MAX_TIME_NS)
@@ -125,7 +126,7 @@ def _follow_side(fi, ff, levels, n, side):  # type: ignore[no-untyped-def]
     return flow_1, flow_5, flow_10
 
 
-@njit("int64(int64[::1], float64[::1])", **LEAN)
+@inner("int64(int64[::1], float64[::1])", **LEAN)
 def _measure(fi, ff):  # type: ignore[no-untyped-def]
     """Mid, spread and the slow scales of a book just taken over; returns the move of 2 * mid."""
     bids = fi[BID_COUNT]
@@ -163,7 +164,7 @@ def _measure(fi, ff):  # type: ignore[no-untyped-def]
     return move
 
 
-@njit("void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64)", **LEAN)
+@inner("void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64)", **LEAN)
 def on_snapshot(fi, ff, levels, depth, t_ns):  # type: ignore[no-untyped-def]
     """Start again from a whole book: it is the new previous book and brings no flow and no move.
 
@@ -190,7 +191,7 @@ def on_snapshot(fi, ff, levels, depth, t_ns):  # type: ignore[no-untyped-def]
         fi[at.SIGNED_VISITS + b] = 0
 
 
-@njit("void(int64[::1], float64[::1], int64)", **LEAN)
+@inner("void(int64[::1], float64[::1], int64)", **LEAN)
 def _learn_microprice(fi, ff, move):  # type: ignore[no-untyped-def]
     """Credit a move of the mid to every imbalance seen since the move before it."""
     r = np.float64(move)
@@ -203,7 +204,7 @@ def _learn_microprice(fi, ff, move):  # type: ignore[no-untyped-def]
         fi[at.VISITS + b] = 0
 
 
-@njit("void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64[::1], int64)", **LEAN)
+@inner("void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64[::1], int64)", **LEAN)
 def on_book(fi, ff, levels, depth, flow, t_ns):  # type: ignore[no-untyped-def]
     """Take in the book after one delta.
 
@@ -269,7 +270,7 @@ def on_book(fi, ff, levels, depth, flow, t_ns):  # type: ignore[no-untyped-def]
     fi[at.BOOK_UPDATES] += 1
 
 
-@njit("void(int64[::1], int64, int64)", **LEAN)
+@inner("void(int64[::1], int64, int64)", **LEAN)
 def _close_bucket(fi, imbalance, lots):  # type: ignore[no-untyped-def]
     slot = fi[at.BUCKET_AT]
     fi[at.BUCKET_SUM_IMBALANCE] += imbalance - fi[at.BUCKET_IMBALANCES + slot]
@@ -279,7 +280,7 @@ def _close_bucket(fi, imbalance, lots):  # type: ignore[no-untyped-def]
     fi[at.BUCKET_AT] = (slot + 1) % at.BUCKETS
 
 
-@njit("void(int64[::1], float64[::1], int64, int64)", **LEAN)
+@inner("void(int64[::1], float64[::1], int64, int64)", **LEAN)
 def _fill_buckets(fi, ff, sign, lots):  # type: ignore[no-untyped-def]
     """Pour a trade into the volume buckets of VPIN, spilling over into as many as it fills."""
     if fi[at.BUCKET_SIZE] == 0:
@@ -300,7 +301,7 @@ def _fill_buckets(fi, ff, sign, lots):  # type: ignore[no-untyped-def]
     fi[at.BUCKET_SIGNED] += sign * lots
 
 
-@njit(
+@inner(
     "void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64, int64, int64, int64)",
     **LEAN,
 )

@@ -21,6 +21,7 @@ from engine.feature_catalogue import BLOCK_LIMIT
 from engine.feature_specs import N_FEATURES, NAMES, SCHEMA_HASH, SCHEMA_HEX, SPECS, FeatureSpec
 from engine.feature_state import LEVELS, STATE_F, STATE_I, clock_decays, is_warm, reset
 from engine.feature_updates import on_book, on_snapshot, on_trade
+from feeds.inner import inner
 
 __all__ = [
     "NAMES",
@@ -62,7 +63,7 @@ _SHRINKAGE: Final = 16.0
 _FLOW_SCALES: Final = np.array([n * c for c in (1.0, 4.0, 4.0) for n in (1.0, 5.0, 10.0)])
 
 
-@njit("float64(float64, float64)", **LEAN)
+@inner("float64(float64, float64)", **LEAN)
 def _clipped(x, limit):  # type: ignore[no-untyped-def]
     x = x if x > -limit else -limit
     return x if x < limit else limit
@@ -74,7 +75,7 @@ def _put_quotient(out, i, part, whole):  # type: ignore[no-untyped-def]
     out[i] = part / whole if whole > 0.0 else 0.0
 
 
-@njit("void(int64[::1], float64[::1], float64, float64[::1])", **LEAN)
+@inner("void(int64[::1], float64[::1], float64, float64[::1])", **LEAN)
 def _put_block(fi, ff, typical, out):  # type: ignore[no-untyped-def]
     """The 40 values of the top ten levels, in the order of FI-2010 and DeepLOB."""
     mid2 = fi[at.MID2]
@@ -89,7 +90,7 @@ def _put_block(fi, ff, typical, out):  # type: ignore[no-untyped-def]
         out[4 * k + 3] = _clipped(ff[at.LOG_SIZES + k] - typical, BLOCK_LIMIT)
 
 
-@njit("void(int64[::1], float64[::1], int64, float64, float64, float64, float64[::1])", **LEAN)
+@inner("void(int64[::1], float64[::1], int64, float64, float64, float64, float64[::1])", **LEAN)
 def _stage_logs(fi, ff, now, fast, slow, bipower, out):  # type: ignore[no-untyped-def]
     """Put what spans orders of magnitude, and the mean level size, where `_put_logs` finds it.
 
@@ -113,7 +114,7 @@ def _stage_logs(fi, ff, now, fast, slow, bipower, out):  # type: ignore[no-untyp
     out[_LOG_COUNT] = ff[at.LEVEL_LOTS]
 
 
-@njit("float64(float64[::1])", **LEAN)
+@inner("float64(float64[::1])", **LEAN)
 def _put_logs(out):  # type: ignore[no-untyped-def]
     """What was staged, as ln(1 + x); returns that of the mean level size."""
     # A count that the compiler cannot know keeps it from unrolling the loop before vectorising it.
@@ -125,7 +126,7 @@ def _put_logs(out):  # type: ignore[no-untyped-def]
     return typical
 
 
-@njit("void(int64[::1], float64[::1], float64, float64, float64[::1])", **LEAN)
+@inner("void(int64[::1], float64[::1], float64, float64, float64[::1])", **LEAN)
 def _put_ratios(fi, ff, slow, bipower, out):  # type: ignore[no-untyped-def]
     """The last group: jumps, toxicity, price impact, autocorrelation, cancellations, spreads."""
     squares = ff[at.SQUARES_16S] * slow
@@ -167,12 +168,12 @@ def _put_ratios(fi, ff, slow, bipower, out):  # type: ignore[no-untyped-def]
     out[_RATIOS + 10] = _clipped(out[_RATIOS + 10], 1.0)
 
 
-@njit("void(float64[::1], int64, float64, float64)", **LEAN)
+@inner("void(float64[::1], int64, float64, float64)", **LEAN)
 def _put_momentum(out, i, moves, squares):  # type: ignore[no-untyped-def]
     _put_quotient(out, i, moves, math.sqrt(moves * moves + squares))
 
 
-@njit("void(float64[::1], int64, float64, float64)", **LEAN)
+@inner("void(float64[::1], int64, float64, float64)", **LEAN)
 def _put_flow(out, j, flow, size):  # type: ignore[no-untyped-def]
     _put_quotient(out, _FLOW + j, flow, size * _FLOW_SCALES[j] + abs(flow))
 
@@ -199,7 +200,7 @@ def _put_slope(fi, side, sign, out, i):  # type: ignore[no-untyped-def]
     _put_quotient(out, i, xy * last, xx * np.float64(cumulated) if last > 0.0 else 0.0)
 
 
-@njit("void(int64[::1], float64[::1], float64, float64, float64, float64[::1])", **LEAN)
+@inner("void(int64[::1], float64[::1], float64, float64, float64, float64[::1])", **LEAN)
 def _put_quotients(fi, ff, fast, middle, slow, out):  # type: ignore[no-untyped-def]
     """The first group: queues, prices, order flow, momentum, trade flow, shape of the book."""
     bid_1 = np.float64(fi[at.SIZES])
@@ -262,7 +263,7 @@ def _put_quotients(fi, ff, fast, middle, slow, out):  # type: ignore[no-untyped-
     out[_SHAPE + 1] = _clipped(out[_SHAPE + 1], 10.0)
 
 
-@njit("void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64, float64[::1])", **LEAN)
+@inner("void(int64[::1], float64[::1], int64[:,:,::1], int64[::1], int64, float64[::1])", **LEAN)
 def compute(fi, ff, levels, depth, t_ns, out):  # type: ignore[no-untyped-def]
     """Write the feature vector as of a moment. Pure: nothing but ``out`` is written.
 

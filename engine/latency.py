@@ -16,6 +16,8 @@ from typing import Final
 import numpy as np
 from numba import njit
 
+from feeds.inner import inner
+
 SUB_BITS: Final = 7
 SUB_BUCKETS: Final = 1 << SUB_BITS  # buckets a power of two
 MAX_EXPONENT: Final = 40
@@ -39,7 +41,7 @@ def new_counts() -> np.ndarray:
     return counts
 
 
-@njit("int64(int64)", cache=True)
+@inner("int64(int64)")
 def bucket_of(value_ns):  # type: ignore[no-untyped-def]
     """Index of the bucket a value of 0 or more falls into."""
     if value_ns < 2 * SUB_BUCKETS:
@@ -53,7 +55,7 @@ def bucket_of(value_ns):  # type: ignore[no-untyped-def]
     return shift * SUB_BUCKETS + (value_ns >> shift)
 
 
-@njit("int64(int64)", cache=True)
+@inner("int64(int64)")
 def bucket_low(index):  # type: ignore[no-untyped-def]
     """Lowest value in nanoseconds of a bucket; the inverse of `bucket_of`."""
     if index < 2 * SUB_BUCKETS:

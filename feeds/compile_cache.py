@@ -18,7 +18,7 @@ from typing import Final
 
 PACKAGES: Final = ("feeds", "engine", "replay", "models", "benchmarks")
 MAX_FOLDERS: Final = 8
-_MARKS: Final = (b"njit", b"intrinsic")
+_MARKS: Final = (b"njit", b"@inner", b"intrinsic")
 _IMPORT: Final = re.compile(
     rb"^(?:from|import) ((?:feeds|engine|replay|models|benchmarks)[\w.]*)"
     rb"(?: import (?:\(([^)]*)\)|([^\n(]*)))?",

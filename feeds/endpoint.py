@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket as os_socket
-from typing import Any, Final
-
-import zmq
+from typing import TYPE_CHECKING, Any, Final
 
 from feeds.errors import InputError
+
+if TYPE_CHECKING:
+    import zmq
 
 TRANSPORTS: Final = ("tcp", "ipc", "inproc")
 MAX_IPC_PATH_BYTES: Final = 107  # sun_path of unix(7)
@@ -65,6 +66,8 @@ def bind(socket: zmq.Socket[Any], endpoint: str, *, key: str) -> str:
         If the endpoint is taken or cannot be bound. libzmq takes an ``ipc://`` path over from a
         living process without a word, so that is asked for first.
     """
+    import zmq
+
     taken = endpoint.startswith("ipc://") and _listens(endpoint.removeprefix("ipc://"))
     try:
         if not taken:

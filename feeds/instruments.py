@@ -11,10 +11,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 
 from feeds import codec, wire
 from feeds.describe import field_offset
+from feeds.inner import inner
 from feeds.rawbytes import load_i8, load_i64, load_u16
 from feeds.tape import InstrumentMeta
 
@@ -40,7 +40,7 @@ _AT_TICK_EXP: Final = field_offset(wire.INSTRUMENT_DTYPE, "tick_exponent")
 _AT_LOT_EXP: Final = field_offset(wire.INSTRUMENT_DTYPE, "lot_exponent")
 
 
-@njit("int64(uint8[::1], int64, uint8[::1], int64[::1])", cache=True)
+@inner("int64(uint8[::1], int64, uint8[::1], int64[::1])")
 def find_name(buf, at, names, state):  # type: ignore[no-untyped-def]
     """Row of the venue and symbol that stand at ``buf[at:at + 48]``, -1 where unknown."""
     n = state[COUNT]
@@ -57,10 +57,7 @@ def find_name(buf, at, names, state):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit(
-    "int64(uint8[::1], int64, int64[::1], uint8[::1], int64[:,::1], int64[::1])",
-    cache=True,
-)
+@inner("int64(uint8[::1], int64, int64[::1], uint8[::1], int64[:,::1], int64[::1])")
 def find_instrument(buf, start, keys, names, steps, state):  # type: ignore[no-untyped-def]
     """Row of the instrument that the checked market message at ``start`` is about.
 

@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
+from feeds.inner import inner
 from feeds.rawbytes import store_i64, store_u8, store_u16
 from feeds.tape import MARKET, RECORD_HEADER_BYTES, put_record
 from feeds.wire import (
@@ -88,7 +89,7 @@ def uniform(rng, i):  # type: ignore[no-untyped-def]
     return np.float64(np.int64((x * _MULTIPLIER) >> _S11)) * _ONE_BELOW
 
 
-@njit("float64(float64)", cache=True)
+@inner("float64(float64)")
 def negative_log(u):  # type: ignore[no-untyped-def]
     """-ln(u) for u in (0, 1], within 1e-12: halving, then the series of artanh."""
     exponent = 0.0
@@ -103,7 +104,7 @@ def negative_log(u):  # type: ignore[no-untyped-def]
     return exponent * _LN2 - 2.0 * z * series
 
 
-@njit("float64(float64)", cache=True)
+@inner("float64(float64)")
 def negative_exp(x):  # type: ignore[no-untyped-def]
     """exp(-x) for x >= 0, within 1e-12: Taylor on [0, ln 2), then halving."""
     if x > 40.0:

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
+from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64
 from feeds.tape import MARKET, RECORD_HEADER_BYTES, padded
 from feeds.wire import (
@@ -82,7 +83,7 @@ def most_changes(stop: int) -> int:
     return stop // 16 + 2 * most_places(stop)
 
 
-@njit("int64(int64[:, ::1], int64, int64)", cache=True)
+@inner("int64(int64[:, ::1], int64, int64)")
 def find_slot(keys, source_id, instrument_id):  # type: ignore[no-untyped-def]
     """Row of ``keys`` (source_id, instrument_id), or -1."""
     n = len(keys)
@@ -95,7 +96,7 @@ def find_slot(keys, source_id, instrument_id):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit("int64(uint8[::1], int64, int64, int64, int64[:, ::1], int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64, int64, int64[:, ::1], int64)")
 def put_changes(buf, start, slot, seq, changes, row):  # type: ignore[no-untyped-def]
     """Append the levels of a checked Snapshot or Delta to ``changes``; returns the next row."""
     at = start + HEADER_BYTES + load_u16(buf, start)

@@ -22,6 +22,7 @@ from typing import Final
 
 from numba import njit
 
+from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16, store_i64
 from feeds.wire import (
     AT_EPOCH,
@@ -71,14 +72,14 @@ HOLD: Final = 4
 _LENGTH_BYTES: Final = 8
 
 
-@njit("void(int64[::1])", cache=True)
+@inner("void(int64[::1])")
 def _open_gap(row):  # type: ignore[no-untyped-def]
     row[STATE] = GAP
     row[GAPS] += 1
     row[WANT_SNAPSHOT] = 1
 
 
-@njit("void(int64[::1])", cache=True)
+@inner("void(int64[::1])")
 def _start_over(row):  # type: ignore[no-untyped-def]
     """A new sequence: nothing of the one before is of use."""
     row[STATE] = SYNCING
@@ -90,7 +91,7 @@ def _start_over(row):  # type: ignore[no-untyped-def]
     row[WANT_SNAPSHOT] = 1
 
 
-@njit("int64(int64[::1])", cache=True)
+@inner("int64(int64[::1])")
 def _repeated(row):  # type: ignore[no-untyped-def]
     """Count a duplicate; too many in a row are no duplicates but a source that started over."""
     row[DUPLICATES] += 1
@@ -102,7 +103,7 @@ def _repeated(row):  # type: ignore[no-untyped-def]
     return HOLD
 
 
-@njit("int64(uint8[::1], int64, int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64)")
 def _held_seq(held, stop, seq):  # type: ignore[no-untyped-def]
     """1 if a held message has this seq."""
     at = 0
@@ -224,7 +225,7 @@ def classify(row, held, buf, start):  # type: ignore[no-untyped-def]
     return HOLD
 
 
-@njit("int64(int64[::1], uint8[::1], uint8[::1], int64, int64)", cache=True)
+@inner("int64(int64[::1], uint8[::1], uint8[::1], int64, int64)")
 def hold(row, held, buf, start, length):  # type: ignore[no-untyped-def]
     """Keep a message until its turn; returns 0, or 1 where there is no room.
 
@@ -280,7 +281,7 @@ def take_next(row, held, cursor):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit("void(int64[::1], uint8[::1])", cache=True)
+@inner("void(int64[::1], uint8[::1])")
 def settle(row, held):  # type: ignore[no-untyped-def]
     """After `take_next` found no more: is the stream whole again, or is there another hole?"""
     if row[HELD_BYTES] == 0:

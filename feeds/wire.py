@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
+from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64, store_u16, store_u32
 
 SCHEMA_PATH: Final = Path(__file__).with_name("schema.xml")
@@ -210,7 +211,7 @@ assert ENGINE_STATE_DTYPE.itemsize == ENGINE_STATE_BLOCK
 assert ALERT_DTYPE.itemsize == ALERT_BLOCK
 
 
-@njit("int64(uint8[::1], int64, int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64)")
 def check(buf, start, stop):  # type: ignore[no-untyped-def]
     """Is ``buf[start:stop]`` a well-formed market or timer message?
 
@@ -275,7 +276,7 @@ def check(buf, start, stop):  # type: ignore[no-untyped-def]
     return 0
 
 
-@njit("int64(uint8[::1], int64, int64, int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64, int64)")
 def put_header(buf, at, template, block):  # type: ignore[no-untyped-def]
     """Write an SBE message header; returns the offset of the block."""
     store_u16(buf, at, block)
@@ -315,7 +316,7 @@ def message_bytes(buf, start, stop):  # type: ignore[no-untyped-def]
     return min(at, stop) - start
 
 
-@njit("UniTuple(int64, 2)(uint8[::1], int64)", cache=True)
+@inner("UniTuple(int64, 2)(uint8[::1], int64)")
 def instrument_key(buf, start):  # type: ignore[no-untyped-def]
     """(source_id, instrument_id) of a checked market message."""
     return load_u32(buf, start + AT_SOURCE_ID), load_u32(buf, start + AT_INSTRUMENT_ID)

@@ -29,6 +29,7 @@ from engine.book import (
     crossed,
     new_books,
 )
+from feeds.inner import inner
 from feeds.tape import RECORD_HEADER_BYTES
 from feeds.venues import binance as fb
 from feeds.venues import binance_fields as bj
@@ -141,7 +142,7 @@ def compare(tally, ticker, pending):  # type: ignore[no-untyped-def]
             tally[FIRST_LINE + 1 + _TOP + i] = pending[2 + i]
 
 
-@njit("void(int64[::1], int64[:,::1], int64[:,::1], int64[::1])", cache=True)
+@inner("void(int64[::1], int64[:,::1], int64[:,::1], int64[::1])")
 def take_ticker(tally, tickers, waiting, fields):  # type: ignore[no-untyped-def]
     """Take in a ticker; diffs that waited for it are compared."""
     last = fields[LAST_ID]
@@ -179,10 +180,7 @@ def take_ticker(tally, tickers, waiting, fields):  # type: ignore[no-untyped-def
     tally[T_COUNT] += 1
 
 
-@njit(
-    "void(int64[::1], int64[:,::1], int64[:,::1], int64[:,:,::1], int64[::1], int64, int64)",
-    cache=True,
-)
+@inner("void(int64[::1], int64[:,::1], int64[:,::1], int64[:,:,::1], int64[::1], int64, int64)")
 def take_top(tally, tickers, waiting, top, depth, last, line):  # type: ignore[no-untyped-def]
     """Take in the top of the book after a diff: compare it, or let it wait for a later ticker."""
     if crossed(top, depth):
@@ -211,7 +209,7 @@ def take_top(tally, tickers, waiting, top, depth, last, line):  # type: ignore[n
         tally[P_COUNT] += 1
 
 
-@njit("void(int64[::1], int64, int64, int64)", cache=True)
+@inner("void(int64[::1], int64, int64, int64)")
 def open_gap(tally, spot, first, previous):  # type: ignore[no-untyped-def]
     """Tickers may be lost with the diffs: trust none from before the hole's end."""
     tally[TRUSTED_FROM] = first - 1 if spot else previous

@@ -23,6 +23,7 @@ from numba import njit
 
 from feeds import tape, tape_info, wire
 from feeds.errors import InputError
+from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64, store_u32
 from feeds.tape import TapeMeta
 from feeds.tape_reader import Chunk, TapeReader
@@ -49,7 +50,7 @@ _OPEN_NEXT: Final = 2
 _TOO_MANY_SOURCES: Final = 3
 
 
-@njit("int64(uint8[::1], int64, int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64)")
 def next_event(buf, at, stop):  # type: ignore[no-untyped-def]
     """Position of the first record of whole records that is no recorded signal, or ``stop``."""
     while at < stop and load_u16(buf, at + 16) == tape.SIGNAL:

@@ -39,7 +39,6 @@ from engine.pipeline import Pipeline
 from feeds import tape
 from feeds.errors import InputError
 from feeds.rawbytes import load_i64, load_u32
-from feeds.signal_table import SignalFile
 from feeds.tape import TapeMeta
 from replay.merge import TapeStream, load_time
 from replay.verify import Verification, Verifier
@@ -323,6 +322,8 @@ def replay_tapes(
             sinks.append(verifier.take)
         if out is not None:
             metadata = {f"octick.{name}_hash": value for name, value in hashes.items()}
+            from feeds.signal_table import SignalFile
+
             file = stack.enter_context(SignalFile(out, metadata=metadata, overwrite=overwrite))
             sinks.append(file.append)
         session = Session(pipeline, sinks, stop, speed)

@@ -15,7 +15,7 @@ MAX_FILE_BYTES = 1_000_000
 FORBIDDEN_NAMES = re.compile(r"^(utils?|helpers?|managers?|common|misc|base)\.py$")
 UNSAFE = re.compile(r"import pickle|pickle\.loads?\(|allow_pickle=True|yaml\.load\(|[^a-z_.]eval\(")
 LIBM = re.compile(r"\b(?:math|np)\.(?:log|log2|log10|log1p|exp|exp2|expm1|pow|power|tanh)\(")
-KERNEL_MARK = re.compile(r"^@njit", re.MULTILINE)
+KERNEL_MARK = re.compile(r"^@(?:njit|inner)\b", re.MULTILINE)
 OURS = ("octick.py", "feeds/", "engine/", "replay/", "models/", "benchmarks/")
 
 

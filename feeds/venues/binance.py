@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 
 from feeds.errors import InputError
+from feeds.inner import inner
 from feeds.tape_writer import TapeWriter
 from feeds.venues import binance_fields as bj
 from feeds.venues import binance_sync as bs
@@ -111,7 +112,7 @@ from feeds.wire import DELTA
 from feeds.wire import SNAPSHOT as SNAPSHOT_MESSAGE
 
 
-@njit("int64(int64[::1], int64[::1], int64, int64)", cache=True)
+@inner("int64(int64[::1], int64[::1], int64, int64)")
 def to_grid(fields, levels, tick_units, lot_units):  # type: ignore[no-untyped-def]
     """Bring a line's numbers onto the grid of tick and lot; 1 where one lies off it."""
     if fields[PRICE_NEEDS] > 0 or fields[QUANTITY_NEEDS] > 0:
@@ -135,7 +136,7 @@ def to_grid(fields, levels, tick_units, lot_units):  # type: ignore[no-untyped-d
     return 0
 
 
-@njit("int64(int64[::1], int64[::1], int64[::1])", cache=True)
+@inner("int64(int64[::1], int64[::1], int64[::1])")
 def sift(state, fields, levels):  # type: ignore[no-untyped-def]
     """Count a line; returns its kind where it concerns the book or the trades, -status else.
 
@@ -179,7 +180,7 @@ def sift(state, fields, levels):  # type: ignore[no-untyped-def]
     return kind
 
 
-@njit("int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64)", cache=True)
+@inner("int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64)")
 def convert_shelf(state, shelf, out, arena, at):  # type: ignore[no-untyped-def]
     """Write the diffs that waited for the snapshot just taken."""
     clock = state[CLOCK]

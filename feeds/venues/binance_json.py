@@ -17,6 +17,7 @@ from typing import Final
 
 from numba import njit
 
+from feeds.inner import inner
 from feeds.venues.binance_fields import (
     AGG_TRADE,
     AGGRESSOR,
@@ -169,7 +170,7 @@ def scan_levels(buf, at, price_decimals, quantity_decimals, fields, levels, used
             return -1, at
 
 
-@njit("int64(int64[::1], int64, int64, int64)", cache=True)
+@inner("int64(int64[::1], int64, int64, int64)")
 def judge_kind(fields, event, event_length, venue):  # type: ignore[no-untyped-def]
     """Which kind of line has these keys on this venue; UNRECOGNISED where some are missing."""
     seen = fields[SEEN]

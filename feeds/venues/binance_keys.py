@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from numba import njit
-
+from feeds.inner import inner
 from feeds.venues.json_scan import text_hash
 
 K_STREAM: Final = text_hash("stream")
@@ -43,7 +42,7 @@ LEN_DEPTH: Final = len("depthUpdate")
 LEN_TICKER: Final = len("bookTicker")
 
 
-@njit("boolean(int64)", cache=True)
+@inner("boolean(int64)")
 def is_known(key):  # type: ignore[no-untyped-def]
     """Does the scanner read this key? Then a value of another type is not to be passed over."""
     if key == K_STREAM or key == K_DATA or key == K_E or key == K_EVENT or key == K_ENGINE:

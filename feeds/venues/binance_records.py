@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
+from feeds.inner import inner
 from feeds.rawbytes import store_i64, store_u16
 from feeds.tape import MARKET, RECORD_HEADER_BYTES, put_record
 from feeds.venues.binance_fields import AGGRESSOR, PRICE, QUANTITY, RECEIVED_NS, TRADE_ID
@@ -86,7 +87,7 @@ def put_book(  # type: ignore[no-untyped-def]
     return put_record(arena, at, MARKET, clock_ns, to - body)
 
 
-@njit("int64(uint8[::1], int64, int64[::1], int64[::1], int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64[::1], int64[::1], int64)")
 def put_trade(arena, at, out, fields, clock_ns):  # type: ignore[no-untyped-def]
     """Write a Trade record; returns where the next record starts."""
     out[O_SEQ] += 1
@@ -111,7 +112,7 @@ def put_trade(arena, at, out, fields, clock_ns):  # type: ignore[no-untyped-def]
     return put_record(arena, at, MARKET, clock_ns, HEADER_BYTES + TRADE_BLOCK)
 
 
-@njit("int64(uint8[::1], int64, int64[::1], int64, int64, int64)", cache=True)
+@inner("int64(uint8[::1], int64, int64[::1], int64, int64, int64)")
 def put_gap(arena, at, out, clock, exchange, received):  # type: ignore[no-untyped-def]
     """Write the empty Delta that says: the venue's data has a hole here."""
     nothing = np.empty(0, dtype=np.int64)

@@ -23,8 +23,8 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import njit
 
+from feeds.inner import inner
 from feeds.venues.binance_fields import (
     ASKS,
     BIDS,
@@ -102,13 +102,13 @@ def new_shelf() -> np.ndarray:
     return np.empty(SHELF_WORDS, dtype=np.int64)
 
 
-@njit("int64(int64[::1])", cache=True)
+@inner("int64(int64[::1])")
 def exchange_ns(fields):  # type: ignore[no-untyped-def]
     """Matching-engine time of a line, else its event time; 0 where it has neither."""
     return fields[ENGINE_NS] if fields[ENGINE_NS] > 0 else fields[EVENT_NS]
 
 
-@njit("int64(int64[::1], int64, int64, int64)", cache=True)
+@inner("int64(int64[::1], int64, int64, int64)")
 def judge_diff(state, first, last, previous):  # type: ignore[no-untyped-def]
     """DROP, TAKE, SHELVE or GAP for a diff; after TAKE it counts as applied.
 
@@ -140,7 +140,7 @@ def judge_diff(state, first, last, previous):  # type: ignore[no-untyped-def]
     return TAKE
 
 
-@njit("int64(int64[::1], int64[::1], int64)", cache=True)
+@inner("int64(int64[::1], int64[::1], int64)")
 def judge_snapshot(state, shelf, last_update):  # type: ignore[no-untyped-def]
     """TAKE where the snapshot can carry the book on, else DROP.
 
@@ -167,7 +167,7 @@ def judge_snapshot(state, shelf, last_update):  # type: ignore[no-untyped-def]
     return TAKE
 
 
-@njit("void(int64[::1], int64[::1], int64[::1], int64[::1])", cache=True)
+@inner("void(int64[::1], int64[::1], int64[::1], int64[::1])")
 def shelve(state, shelf, fields, levels):  # type: ignore[no-untyped-def]
     """Keep a diff until a snapshot comes; a full shelf forgets its older half."""
     words = 2 * (fields[BIDS] + fields[ASKS])
@@ -197,7 +197,7 @@ def shelve(state, shelf, fields, levels):  # type: ignore[no-untyped-def]
     state[BUFFERED] += 1
 
 
-@njit("void(int64[::1], int64[::1], int64)", cache=True)
+@inner("void(int64[::1], int64[::1], int64)")
 def keep_from(state, shelf, at):  # type: ignore[no-untyped-def]
     """Take the diffs before ``at`` off the shelf."""
     used = state[SHELF_USED]
@@ -206,7 +206,7 @@ def keep_from(state, shelf, at):  # type: ignore[no-untyped-def]
     state[SHELF_USED] = used - at
 
 
-@njit("int64(int64[::1], int64[::1])", cache=True)
+@inner("int64(int64[::1], int64[::1])")
 def tick_clock(state, fields):  # type: ignore[no-untyped-def]
     """Latest receive time so far, so that a tape's never runs backwards; counts where it did."""
     received = fields[RECEIVED_NS]
@@ -217,7 +217,7 @@ def tick_clock(state, fields):  # type: ignore[no-untyped-def]
     return state[CLOCK]
 
 
-@njit("int64(int64[::1], int64[::1])", cache=True)
+@inner("int64(int64[::1], int64[::1])")
 def snapshot_order(fields, levels):  # type: ignore[no-untyped-def]
     """-1 where bids strictly fall and asks strictly rise, else the index of the level at fault."""
     bids = fields[BIDS]

@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 
 from feeds.errors import InputError
-from feeds.tape_seal import seal_tape
 from feeds.venues.conversion import SOURCE_IDS, VENUES, Target
 from feeds.venues.recording import Recording
 
@@ -111,6 +110,8 @@ def convert(
     done = convert_venue(recording, target, symbol, tick, lot)
     target.close()
     if seal:
+        from feeds.tape_seal import seal_tape
+
         seal_tape(raw, final, overwrite=overwrite)
     seconds = time.perf_counter() - begun
     return Converted(

@@ -12,6 +12,8 @@ from typing import Final
 
 from numba import njit
 
+from feeds.inner import inner
+
 MAX_DECIMALS: Final = 12
 _MAX_DIGITS: Final = 18
 _HASH_FACTOR: Final = 1_099_511_628_211
@@ -25,7 +27,7 @@ def text_hash(text: str) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-@njit("UniTuple(int64, 2)(uint8[::1], int64)", cache=True)
+@inner("UniTuple(int64, 2)(uint8[::1], int64)")
 def scan_integer(buf, at):  # type: ignore[no-untyped-def]
     """Unsigned JSON integer at ``at``; (value or -1, offset after it)."""
     first = at
@@ -41,7 +43,7 @@ def scan_integer(buf, at):  # type: ignore[no-untyped-def]
     return value, at
 
 
-@njit("UniTuple(int64, 3)(uint8[::1], int64, int64)", cache=True)
+@inner("UniTuple(int64, 3)(uint8[::1], int64, int64)")
 def scan_decimal(buf, at, decimals):  # type: ignore[no-untyped-def]
     """Quoted plain decimal at ``at``, in units of 10^-decimals.
 
@@ -90,7 +92,7 @@ def scan_decimal(buf, at, decimals):  # type: ignore[no-untyped-def]
     return value, at + 1, needs
 
 
-@njit("UniTuple(int64, 3)(uint8[::1], int64)", cache=True)
+@inner("UniTuple(int64, 3)(uint8[::1], int64)")
 def scan_text(buf, at):  # type: ignore[no-untyped-def]
     """Quoted ASCII text without escapes; (hash, length or -1, offset after it)."""
     if buf[at] != 34:
@@ -108,7 +110,7 @@ def scan_text(buf, at):  # type: ignore[no-untyped-def]
     return packed, at - first, at + 1
 
 
-@njit("int64(uint8[::1], int64, int64, uint8[::1])", cache=True)
+@inner("int64(uint8[::1], int64, int64, uint8[::1])")
 def same_text(buf, at, length, text):  # type: ignore[no-untyped-def]
     """1 if ``buf[at:at + length]`` is ``text``."""
     if length != len(text):

@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit
 
 from feeds.errors import InputError
+from feeds.inner import inner
 from feeds.venues.lobster_names import Files
 from feeds.venues.recording import Block, Recording
 
@@ -63,7 +64,7 @@ class Step(NamedTuple):
     place: Callable[[], str]
 
 
-@njit("UniTuple(int64, 2)(uint8[::1], int64)", cache=True)
+@inner("UniTuple(int64, 2)(uint8[::1], int64)")
 def scan_signed(buf, at):  # type: ignore[no-untyped-def]
     """Integer at ``at``, perhaps negative; (value, offset after it), offset -1 where none is."""
     sign = 1

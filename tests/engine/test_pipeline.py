@@ -225,9 +225,23 @@ def test_an_instrument_may_be_defined_again_under_other_ids() -> None:
 
 
 def test_nothing_is_compiled_while_it_runs() -> None:
-    from engine import advance, signals
+    from engine import advance, book, feature_state, latency, signals
+    from feeds.inner import DECLARED
 
-    for kernel in (advance.advance, advance.find_slot, signals.encode_signal):
+    data = records(stream())
+    before = [len(kernel.overloads) for kernel, _ in DECLARED]
+    assert len(Run().take(data).signals) > 100
+    assert [len(kernel.overloads) for kernel, _ in DECLARED] == before
+    called = (
+        advance.advance,
+        book.side_levels,
+        feature_state.reset,
+        latency.quantile,
+        latency.record,
+        signals.encode_signal,
+        tape.put_record,
+    )
+    for kernel in called:
         assert len(kernel.signatures) == 1
         assert kernel._can_compile is False
 
