@@ -1,12 +1,13 @@
 """The model bundle: what stands in its folder, and the checks before anything of it is served.
 
-A bundle is a folder of three files:
+A bundle is a folder of three files that serve, and whatever else its manifest lists:
 
 ``manifest.json``
-    `Manifest`: numerics, feature schema, normalisation, classes, SHA-256 of both models, and the
-    hash over all of it that stands in every signal.
+    `Manifest`: numerics, feature schema, normalisation, classes, state, SHA-256 of both models,
+    and the hash over all of it that stands in every signal.
 ``model.int8.onnx``, ``model.fp32.onnx``
-    The quantised model and its float twin: float32 (1, features) in, float32 (1, classes) out.
+    The quantised model and its float twin: float32 (1, features) in, float32 (1, classes) out,
+    and behind them one input and one output for each `StateTensor`, in the manifest's order.
     Both carry the feature schema in their ``metadata_props`` under `METADATA_KEY`.
 
 Only ONNX Runtime is needed to read one. `models` writes them.
@@ -14,85 +15,53 @@ Only ONNX Runtime is needed to read one. `models` writes them.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 from engine import features
-from engine.hashes import json_hash
+from engine.manifest import (
+    FORMAT_VERSION,
+    FP32_NAME,
+    INT8_NAME,
+    MANIFEST_NAME,
+    METADATA_KEY,
+    REBUILD,
+    InputSection,
+    Manifest,
+    Numerics,
+    OutputSection,
+    StateSection,
+    StateTensor,
+    model_hash,
+    read_file,
+    read_manifest,
+)
 from feeds.errors import InputError
 
-MANIFEST_NAME: Final = "manifest.json"
-INT8_NAME: Final = "model.int8.onnx"
-FP32_NAME: Final = "model.fp32.onnx"
-METADATA_KEY: Final = "octick.feature_schema"
-FORMAT_VERSION: Final = 1
-MAX_MANIFEST_BYTES: Final = 1 << 20
+__all__ = [
+    "FORMAT_VERSION",
+    "FP32_NAME",
+    "INT8_NAME",
+    "MANIFEST_NAME",
+    "METADATA_KEY",
+    "Bundle",
+    "InputSection",
+    "Manifest",
+    "Numerics",
+    "OutputSection",
+    "StateSection",
+    "StateTensor",
+    "check_files",
+    "load_bundle",
+    "model_hash",
+]
+
 MAX_MODEL_BYTES: Final = 1 << 30
-MAX_CLASSES: Final = 254  # a signal keeps 255 for "no class"
-
-Numerics = Literal["exact-int8", "tolerance"]
-REBUILD: Final = "rebuild the bundle with this version, or run the version that made it"
-
-
-class InputSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model input: ``x = clip((feature - mean) * inv_scale, -clip, clip)`` as float32."""
-
-    name: str
-    mean: tuple[float, ...]
-    inv_scale: tuple[float, ...]
-    clip: float
-
-
-class OutputSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model output: one score a class, in this order; the greatest is the prediction."""
-
-    name: str
-    classes: tuple[str, ...]
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``manifest.json``. ``training`` says how it was made and takes no part in the hash."""
-
-    format: int
-    name: str
-    numerics: Numerics
-    feature_schema: str
-    input: InputSection
-    output: OutputSection
-    int8_sha256: str
-    fp32_sha256: str
-    model_hash: str
-    training: dict[str, Any] = {}
-
-
-def model_hash(manifest: Manifest) -> int:
-    """The number that names a model: everything that can change one of its outputs.
-
-    Returns
-    -------
-    int
-        First 64 bits of the SHA-256 over canonical JSON (sorted keys, shortest round-trip
-        floats) of numerics, feature schema, normalisation, outputs and the digests of both
-        ONNX files. Name, training notes and the manifest's own layout are left out.
-    """
-    semantic = {
-        "format": manifest.format,
-        "numerics": manifest.numerics,
-        "feature_schema": manifest.feature_schema,
-        "input": manifest.input,
-        "output": manifest.output,
-        "int8_sha256": manifest.int8_sha256,
-        "fp32_sha256": manifest.fp32_sha256,
-    }
-    return json_hash(semantic)
+ONNX_DTYPES: Final = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +108,20 @@ class Bundle:
         """Length of the model output."""
         return len(self.classes)
 
+    def state(self, precision: str) -> tuple[StateTensor, ...]:
+        """What the model of a precision ("int8" or "fp32") remembers; empty for most models.
+
+        Raises
+        ------
+        InputError
+            If there is no such precision.
+        """
+        if precision == "int8":
+            return self.manifest.state.int8
+        if precision == "fp32":
+            return self.manifest.state.fp32
+        raise _no_precision(precision)
+
     def model_bytes(self, precision: str) -> bytes:
         """The ONNX file of a precision ("int8" or "fp32"), checked once more as it is read.
 
@@ -151,12 +134,16 @@ class Bundle:
             return _read_model(self.int8_path, self.manifest.int8_sha256, "int8_sha256")
         if precision == "fp32":
             return _read_model(self.fp32_path, self.manifest.fp32_sha256, "fp32_sha256")
-        raise InputError(
-            "unknown precision",
-            where="model.precision",
-            expected="int8 or fp32",
-            found=repr(precision),
-        )
+        raise _no_precision(precision)
+
+
+def _no_precision(precision: str) -> InputError:
+    return InputError(
+        "unknown precision",
+        where="model.precision",
+        expected="int8 or fp32",
+        found=repr(precision),
+    )
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -182,13 +169,12 @@ def load_bundle(path: str | Path) -> Bundle:
             found="a file" if folder.exists() else "nothing",
             fix="correct the path (model.bundle in the config, or --model)",
         )
-    manifest = _read_manifest(folder / MANIFEST_NAME)
-    _check_manifest(folder / MANIFEST_NAME, manifest)
-    for name, digest, key in (
-        (INT8_NAME, manifest.int8_sha256, "int8_sha256"),
-        (FP32_NAME, manifest.fp32_sha256, "fp32_sha256"),
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    for name, digest, key, state in (
+        (INT8_NAME, manifest.int8_sha256, "int8_sha256", manifest.state.int8),
+        (FP32_NAME, manifest.fp32_sha256, "fp32_sha256", manifest.state.fp32),
     ):
-        _check_model(folder / name, _read_model(folder / name, digest, key), manifest)
+        _check_model(folder / name, _read_model(folder / name, digest, key), manifest, state)
     return Bundle(
         path=folder,
         manifest=manifest,
@@ -207,106 +193,30 @@ def load_bundle(path: str | Path) -> Bundle:
     )
 
 
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise InputError(
-                "file too large for a bundle",
-                where=str(path),
-                expected=f"at most {limit} bytes",
-                found=str(size),
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            "cannot read a file of the bundle",
-            where=str(path),
-            expected=f"{MANIFEST_NAME}, {INT8_NAME} and {FP32_NAME} in the folder",
-            found=error.strerror or type(error).__name__,
-            fix="copy the whole bundle again",
-        ) from None
+def check_files(bundle: Bundle) -> None:
+    """Hold every further file that the manifest lists against its SHA-256.
 
+    Serving needs none of them, so `load_bundle` does not read them.
 
-_UNKNOWN_KEY: Final = re.compile(r"unknown field `(?P<key>.*?)`(?: - at `\$\.?(?P<at>.*)`)?$")
-_SECTIONS: Final = {"": Manifest, "input": InputSection, "output": OutputSection}
-
-
-def _read_manifest(path: Path) -> Manifest:
-    data = _read(path, MAX_MANIFEST_BYTES)
-    try:
-        return msgspec.json.decode(data, type=Manifest)
-    except msgspec.ValidationError as error:
-        unknown = _UNKNOWN_KEY.search(str(error))
-        if unknown is None:
-            raise InputError("bad manifest", where=str(path), found=str(error)) from None
-        section, key = unknown["at"] or "", unknown["key"]
-        known = _SECTIONS[section].__struct_fields__
-        nearest = difflib.get_close_matches(key, known, n=1)
-        raise InputError(
-            "unknown key",
-            where=f"{path}: {section + '.' if section else ''}{key}",
-            expected="one of " + ", ".join(known),
-            fix=f"did you mean {nearest[0]}?" if nearest else "remove it",
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            "not a manifest",
-            where=str(path),
-            expected="JSON",
-            found=str(error),
-            fix="copy the whole bundle again",
-        ) from None
-
-
-def _check_manifest(path: Path, manifest: Manifest) -> None:
-    def refuse(key: str, what: str, expected: str, found: object, fix: str = "") -> None:
-        raise InputError(
-            what, where=f"{path}: {key}", expected=expected, found=str(found), fix=fix or REBUILD
-        )
-
-    if manifest.format != FORMAT_VERSION:
-        refuse("format", "unknown format of bundle", str(FORMAT_VERSION), manifest.format)
-    if manifest.feature_schema != features.SCHEMA_HEX:
-        refuse(
-            "feature_schema",
-            "the model was made for other features",
-            features.SCHEMA_HEX,
-            manifest.feature_schema,
-        )
-    n = features.N_FEATURES
-    for key, values in (
-        ("input.mean", manifest.input.mean),
-        ("input.inv_scale", manifest.input.inv_scale),
-    ):
-        if len(values) != n:
-            refuse(key, "wrong length", f"{n} numbers, one a feature", len(values))
-        for i, value in enumerate(values):
-            if not math.isfinite(value) or (key == "input.inv_scale" and value <= 0.0):
-                expected = "a finite number" + (" above 0" if key == "input.inv_scale" else "")
-                refuse(f"{key}[{i}]", "a number that cannot normalise", expected, value)
-    if not math.isfinite(manifest.input.clip) or manifest.input.clip <= 0.0:
-        refuse("input.clip", "not a clip", "a finite number above 0", manifest.input.clip)
-    classes = manifest.output.classes
-    if not 1 <= len(classes) <= MAX_CLASSES or len(set(classes)) != len(classes):
-        refuse("output.classes", "bad classes", f"1 to {MAX_CLASSES} different names", classes)
-    found = f"{model_hash(manifest):016x}"
-    if manifest.model_hash != found:
-        refuse(
-            "model_hash",
-            "the manifest does not match its own hash: it was changed by hand or damaged",
-            manifest.model_hash,
-            found,
-            "copy the bundle again, or rebuild it",
-        )
+    Raises
+    ------
+    InputError
+        For the first file, by name, that is missing or differs.
+    """
+    for name, digest in sorted(bundle.manifest.files.items()):
+        _read_digested(bundle.path / name, digest, "file", f"files.{name}")
 
 
 def _read_model(path: Path, sha256: str, key: str) -> bytes:
-    data = _read(path, MAX_MODEL_BYTES)
+    return _read_digested(path, sha256, "model", key)
+
+
+def _read_digested(path: Path, sha256: str, what: str, key: str) -> bytes:
+    data = read_file(path, MAX_MODEL_BYTES)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise InputError(
-            f"the model differs from the one its manifest names under {key}",
+            f"the {what} differs from the one its manifest names under {key}",
             where=str(path),
             expected=f"SHA-256 {sha256}",
             found=f"{found} over {len(data)} bytes",
@@ -315,7 +225,9 @@ def _read_model(path: Path, sha256: str, key: str) -> bytes:
     return data
 
 
-def _check_model(path: Path, data: bytes, manifest: Manifest) -> None:
+def _check_model(
+    path: Path, data: bytes, manifest: Manifest, state: tuple[StateTensor, ...]
+) -> None:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -341,17 +253,44 @@ def _check_model(path: Path, data: bytes, manifest: Manifest) -> None:
             found=schema,
             fix=REBUILD,
         )
-    for kind, nodes, name, width in (
-        ("input", session.get_inputs(), manifest.input.name, features.N_FEATURES),
-        ("output", session.get_outputs(), manifest.output.name, len(manifest.output.classes)),
-    ):
-        found = ", ".join(f"{node.name}: {node.type} {node.shape}" for node in nodes)
-        expected = f"{name}: tensor(float) {[1, width]}"
-        if found != expected:
+    n, classes = features.N_FEATURES, len(manifest.output.classes)
+    _check_ends(
+        path,
+        "input",
+        session.get_inputs(),
+        [(manifest.input.name, "float32", (1, n)), *((t.input, t.dtype, t.shape) for t in state)],
+    )
+    _check_ends(
+        path,
+        "output",
+        session.get_outputs(),
+        [
+            (manifest.output.name, "float32", (1, classes)),
+            *((t.output, t.dtype, t.shape) for t in state),
+        ],
+    )
+
+
+def _check_ends(
+    path: Path, kind: str, found: list[Any], expected: list[tuple[str, str, tuple[int, ...]]]
+) -> None:
+    """The graph's inputs or outputs are those of the manifest, in its order."""
+    ends = [f"{node.name}: {node.type} {node.shape}" for node in found]
+    for i, (name, dtype, shape) in enumerate(expected):
+        wanted = f"{name}: {ONNX_DTYPES[dtype]} {list(shape)}"
+        if ends[i : i + 1] != [wanted]:
             raise InputError(
                 f"wrong model {kind}",
-                where=f"{path}: {kind} of the graph",
-                expected=expected,
-                found=found,
+                where=f"{path}: {kind} of the graph" + (f", state {name}" if i else ""),
+                expected=wanted,
+                found=ends[i] if i < len(ends) else "none",
                 fix=REBUILD,
             )
+    if len(ends) > len(expected):
+        raise InputError(
+            f"a model {kind} that the manifest does not name",
+            where=f"{path}: {kind} of the graph",
+            expected=f"{len(expected)}",
+            found=", ".join(ends[len(expected) :]),
+            fix=REBUILD,
+        )

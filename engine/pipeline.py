@@ -225,8 +225,7 @@ class Pipeline:
             if backend is None:
                 self._outputs.fill(0.0)
             else:
-                if self._track[slot, kernel.STREAM_RESET]:
-                    self._track[slot, kernel.STREAM_RESET] = 0
+                if self.take_stream_reset(slot):
                     backend.reset(slot)
                 try:
                     backend.infer(slot, self.x, self._outputs)
@@ -251,6 +250,12 @@ class Pipeline:
                 if reasons & bit:
                     self.suppressed[name] += 1
         return self._views[slot]
+
+    def take_stream_reset(self, slot: int) -> bool:
+        """Whether the model's state of an instrument starts anew; asking clears it."""
+        due = bool(self._track[slot, kernel.STREAM_RESET])
+        self._track[slot, kernel.STREAM_RESET] = 0
+        return due
 
     @property
     def tradable_before_inference(self) -> bool:

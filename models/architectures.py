@@ -25,6 +25,11 @@ ATTENTION_HEADS: Final = 2
 ATTENTION_STEPS: Final = 32
 
 
+def linear(ops: Operations[Any], x: Any, n_classes: int) -> Any:
+    """Multinomial logistic regression: what a linear model finds in the same rows."""
+    return ops.logits(HEAD, x, n_classes)
+
+
 def mlp(ops: Operations[Any], x: Any, n_classes: int) -> Any:
     """features → 64 → 32 → classes."""
     x = ops.dense("hidden0", x, 64, relu=True)
@@ -114,6 +119,7 @@ class Entry:
 
 
 ARCHITECTURES: Final[dict[str, Entry]] = {
+    "linear": Entry(linear, 0, "logistic regression, the baseline"),
     "mlp": Entry(mlp, 0, "features → 64 → 32, no state"),
     "tcn": Entry(tcn, 60, "temporal convolutions, 4 residual blocks, 61 steps"),
     "lstm": Entry(_stacked("lstm", 64, 1), 64, "one layer of 64 units"),

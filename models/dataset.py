@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
@@ -16,12 +16,12 @@ from engine.signals import AT_BEST_ASK, AT_BEST_BID, AT_EXCHANGE_TIME, AT_LAST_S
 from feeds.errors import InputError
 from feeds.tape import InstrumentMeta
 from feeds.tape_reader import Chunk
-from models.labels import smoothed_move
 
 BLOCK_ROWS: Final = 8_192
 MAX_ROWS: Final = 5_000_000
 _INT64: Final = struct.Struct("<q")
-_FACTS: Final = 4
+_FACTS: Final = 6
+MAX_PENDING_BYTES: Final = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -30,55 +30,44 @@ class Rows:
 
     Attributes
     ----------
-    vector : ndarray of float64, shape (ceil(n / stride), N_FEATURES)
-        Raw features of rows 0, stride, 2 * stride, …
+    vector : ndarray of float64, shape (n, N_FEATURES)
+        Raw features.
     slot : ndarray of int64, shape (n,)
         Instrument, in (venue, symbol) order.
     mid_half_ticks : ndarray of int64, shape (n,)
         Best bid plus best ask in ticks.
+    spread_ticks : ndarray of int64, shape (n,)
+        Best ask less best bid: in half ticks, the cost of crossing half of it.
     time_ns : ndarray of int64, shape (n,)
         Exchange time of the last message in the row.
     last_seq : ndarray of int64, shape (n,)
         Its sequence number.
-    stride : int
-        Neighbouring rows say nearly the same: features of every so many are enough to train on,
-        while labels need the mid of each.
+    starts : ndarray of bool, shape (n,)
+        Where the engine would reset the model's state: the first row of an instrument, and the
+        first after its stream was lost.
     """
 
     vector: np.ndarray
     slot: np.ndarray
     mid_half_ticks: np.ndarray
+    spread_ticks: np.ndarray
     time_ns: np.ndarray
     last_seq: np.ndarray
-    stride: int = 1
+    starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.slot)
 
-    def moves(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that have features and a label, and `smoothed_move` of each in its own instrument.
+    def by_instrument(self) -> Rows:
+        """The same rows, instrument after instrument, each in the engine's order."""
+        order = np.argsort(self.slot, kind="stable")
+        return Rows(**{field.name: getattr(self, field.name)[order] for field in fields(Rows)})
 
-        Returns
-        -------
-        rows, moves : ndarray of int64, shape (m,)
-            Row numbers in ascending order.
-        """
-        found_rows, found_moves = [], []
-        for slot in np.unique(self.slot):
-            own = np.flatnonzero(self.slot == slot)
-            moves = smoothed_move(self.mid_half_ticks[own], horizon)
-            found_rows.append(own[: len(moves)])
-            found_moves.append(moves)
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *found_rows])
-        moves = np.concatenate([np.empty(0, dtype=np.int64), *found_moves])
-        order = np.argsort(rows, kind="stable")
-        order = order[rows[order] % self.stride == 0]
-        return rows[order], moves[order]
 
-    def features_of(self, rows: np.ndarray) -> np.ndarray:
-        """Raw features of rows that have them, float64 of shape (m, N_FEATURES)."""
-        assert np.all(rows % self.stride == 0)
-        return self.vector[rows // self.stride]
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of several sessions, one after another; slots must mean the same in each."""
+    names = [field.name for field in fields(Rows)]
+    return Rows(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
 
 
 def collect(
@@ -87,7 +76,6 @@ def collect(
     *,
     trigger: TriggerConfig | None = None,
     max_levels: int = BookConfig().max_levels,
-    stride: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Rows:
     """Run the pipeline without a model over tape records and keep what it would have inferred on.
@@ -102,8 +90,6 @@ def collect(
         When a row is taken; every change of the top of the book by default.
     max_levels : int
         Book depth to keep.
-    stride : int
-        Keep the features of every so many rows.
     progress : callable, optional
         Called after each chunk with the bytes read so far.
 
@@ -116,7 +102,7 @@ def collect(
         instruments=tuple(InstrumentConfig(item.venue, item.symbol) for item in instruments),
         trigger=trigger or TriggerConfig(),
         book=BookConfig(max_levels=max_levels),
-        limits=LimitsConfig(max_pending_bytes=1 << 16),
+        limits=LimitsConfig(max_pending_bytes=MAX_PENDING_BYTES),
     )
     pipeline = Pipeline(config, None, None)
     vectors, facts = _Table(features.N_FEATURES, np.float64), _Table(_FACTS, np.int64)
@@ -131,18 +117,22 @@ def collect(
             message = pipeline.answer()
             if not tradable:
                 continue
-            if facts.rows % stride == 0:
-                vectors.append(pipeline.vector)
+            vectors.append(pipeline.vector)
             (bid,) = _INT64.unpack_from(message, AT_BEST_BID)
             (ask,) = _INT64.unpack_from(message, AT_BEST_ASK)
             (time_ns,) = _INT64.unpack_from(message, AT_EXCHANGE_TIME)
             (last_seq,) = _INT64.unpack_from(message, AT_LAST_SEQ)
-            facts.append((slot, bid + ask, time_ns, last_seq))
+            starts = pipeline.take_stream_reset(slot)
+            facts.append((slot, bid + ask, ask - bid, time_ns, last_seq, starts))
         read += stop - start
         if progress is not None:
             progress(read)
     columns = np.ascontiguousarray(facts.array().T)
-    return Rows(vectors.array(), columns[0], columns[1], columns[2], columns[3], stride)
+    slot, mid, spread, time_ns, last_seq, starts = columns
+    _, first = np.unique(slot, return_index=True)
+    starts = starts.astype(bool)
+    starts[first] = True
+    return Rows(vectors.array(), slot, mid, spread, time_ns, last_seq, starts)
 
 
 class _Table:
@@ -170,43 +160,6 @@ class _Table:
     def array(self) -> np.ndarray:
         empty: np.ndarray = np.empty((0, self._width), dtype=self._dtype)
         return np.concatenate([empty, *self._blocks])[: self.rows]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row numbers of the two parts, in time order."""
-
-    train: np.ndarray
-    test: np.ndarray
-
-
-def time_split(rows: np.ndarray, time_ns: np.ndarray, train_share: float, embargo_ns: int) -> Split:
-    """Train on what came first, test on what came later, with a pause between.
-
-    Parameters
-    ----------
-    rows : ndarray of int64, shape (m,)
-        Row numbers, in time order.
-    time_ns : ndarray of int64, shape (n,)
-        Of all rows.
-    train_share : float
-        Share of the rows that may be trained on.
-    embargo_ns : int
-        Rows that follow the last training row by less are dropped: labels that look ahead and
-        features that remember would reach across.
-
-    Notes
-    -----
-    López de Prado (2018), "Advances in Financial Machine Learning", section 7.4.
-    """
-    assert 0.0 < train_share < 1.0
-    times = time_ns[rows]
-    assert np.all(np.diff(times) >= 0), "rows in time order"
-    cut = int(len(rows) * train_share)
-    if cut == 0:
-        return Split(rows[:0], rows)
-    from_ns = times[cut - 1] + embargo_ns
-    return Split(rows[:cut], rows[int(np.searchsorted(times, from_ns, side="right")) :])
 
 
 @dataclass(frozen=True)

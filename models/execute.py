@@ -487,7 +487,7 @@ def scores_of(
     state: State = {}
     parts = [np.empty((len(whole), 0, spec.n_classes), dtype=np.float32)]
     for start in range(0, whole.shape[1], block):
-        part = torch.from_numpy(np.ascontiguousarray(whole[:, start : start + block]))
+        part = torch.from_numpy(whole[:, start : start + block].copy())
         scores, state = run(spec, weights, part, numerics=numerics, state=state)
         parts.append(scores.numpy())
     joined = np.concatenate(parts, axis=1)

@@ -1,12 +1,16 @@
-"""Writing a bundle: both ONNX graphs, built node by node, and the manifest.
+"""Writing a bundle: graphs, golden vectors, calibration statistics, manifest.
 
-The graphs are built directly rather than traced: a dense network needs a handful of nodes, and the
-same weights then give the same bytes under every version of the training framework.
+Nothing is half-written: everything is put into a folder beside the target, which takes its name
+when it is whole. The same models and numbers give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engine import features
-from engine.bundle import (
+from engine.manifest import (
     FORMAT_VERSION,
     FP32_NAME,
     INT8_NAME,
@@ -26,170 +30,115 @@ from engine.bundle import (
     Manifest,
     Numerics,
     OutputSection,
+    StateSection,
+    StateTensor,
     model_hash,
 )
-from models.quantize import IntegerNetwork
+from models.dataset import Normalisation
+from models.step_graph import INPUT_NAME, IR_VERSION, OPSET, OUTPUT_NAME, PRODUCER
 
-OPSET: Final = 19
-IR_VERSION: Final = 10
-INPUT_NAME: Final = "x"
-OUTPUT_NAME: Final = "logits"
-PRODUCER: Final = "octick"
+GOLDEN_NAME: Final = "golden.npz"
+CALIBRATION_NAME: Final = "calibration.npz"
+REPORT_NAME: Final = "report.html"
+RESEARCH_INT8_NAME: Final = "research.int8.onnx"
+RESEARCH_FP32_NAME: Final = "research.fp32.onnx"
+FEATURES_NAME: Final = "features"
+# A fixed date, so that the same arrays give the same file.
+_ZIP_DATE: Final = (1980, 1, 1, 0, 0, 0)
 
 
-def _tensor(name: str, values: Any, dtype: Any) -> onnx.TensorProto:
-    return numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
-
-
-def _model(
-    name: str,
-    nodes: list[onnx.NodeProto],
-    initializers: list[onnx.TensorProto],
-    n_inputs: int,
-    n_outputs: int,
-    schema_hex: str,
+def research_graph(
+    step: onnx.ModelProto, state: Sequence[StateTensor], normalisation: Normalisation
 ) -> onnx.ModelProto:
+    """A graph from raw features of a whole stretch to its scores, in any number of steps.
+
+    Input ``features`` float64 (steps, features), output ``logits`` float32 (steps, classes). The
+    normaliser stands inside, in the float64 operations of `engine.advance`; then a Scan runs the
+    very step graph over the rows from a fresh state, so that each score has the bits of the hot
+    path.
+    """
+    n = len(normalisation.mean)
+    body = helper.make_graph(
+        [*step.graph.node],
+        "step",
+        [
+            *(value for value in step.graph.input if value.name != INPUT_NAME),
+            helper.make_tensor_value_info("row", TensorProto.FLOAT, [n]),
+        ],
+        [
+            *(value for value in step.graph.output if value.name != OUTPUT_NAME),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
+        ],
+        [
+            *step.graph.initializer,
+            numpy_helper.from_array(np.array([1, n], dtype=np.int64), "row.shape"),
+            numpy_helper.from_array(np.array([-1], dtype=np.int64), "scores.shape"),
+        ],
+    )
+    classes = step.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    body.output[-1].type.tensor_type.shape.dim.add().dim_value = classes
+    body.node.insert(
+        0, helper.make_node("Reshape", ["row", "row.shape"], [INPUT_NAME], name="row.reshape")
+    )
+    body.node.append(
+        helper.make_node(
+            "Reshape", [OUTPUT_NAME, "scores.shape"], ["scores"], name="scores.reshape"
+        )
+    )
+    fresh = [numpy_helper.from_array(item.fresh(), f"{item.input}.initial") for item in state]
+    numbers = {
+        "mean": normalisation.mean,
+        "inv_scale": normalisation.inv_scale,
+        "low": np.float64(-normalisation.clip),
+        "high": np.float64(normalisation.clip),
+    }
+    constants = [
+        numpy_helper.from_array(np.asarray(value, dtype=np.float64), f"normalise.{name}")
+        for name, value in numbers.items()
+    ]
+    nodes = [
+        helper.make_node("Sub", [FEATURES_NAME, "normalise.mean"], ["centred"], name="centre"),
+        helper.make_node("Mul", ["centred", "normalise.inv_scale"], ["scaled"], name="scale"),
+        helper.make_node(
+            "Clip", ["scaled", "normalise.low", "normalise.high"], ["clipped"], name="clip"
+        ),
+        helper.make_node("Cast", ["clipped"], ["rows"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node(
+            "Scan",
+            [*(item.name for item in fresh), "rows"],
+            [*(f"{item.output}.last" for item in state), OUTPUT_NAME],
+            name="steps",
+            body=body,
+            num_scan_inputs=1,
+        ),
+    ]
     graph = helper.make_graph(
         nodes,
-        name,
-        [helper.make_tensor_value_info(INPUT_NAME, TensorProto.FLOAT, [1, n_inputs])],
-        [helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, [1, n_outputs])],
-        initializers,
+        "research",
+        [helper.make_tensor_value_info(FEATURES_NAME, TensorProto.DOUBLE, ["steps", n])],
+        [helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["steps", classes])],
+        [*constants, *fresh],
     )
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=list(step.opset_import) or [helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name=PRODUCER,
     )
-    helper.set_model_props(model, {METADATA_KEY: schema_hex})
+    model.metadata_props.extend(step.metadata_props)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def float_model(
-    weights: list[np.ndarray], biases: list[np.ndarray], schema_hex: str = features.SCHEMA_HEX
-) -> onnx.ModelProto:
-    """The float network: Gemm and Relu, a last Gemm without.
-
-    Parameters
-    ----------
-    weights, biases : list of ndarray of float32
-        Of each layer, shapes (out, in) and (out,).
-    schema_hex : str
-        Feature schema that goes into the metadata.
-    """
-    nodes, initializers, current = [], [], INPUT_NAME
-    last = len(weights) - 1
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        initializers += [
-            _tensor(f"dense{i}.weight", weight, np.float32),
-            _tensor(f"dense{i}.bias", bias, np.float32),
-        ]
-        output = OUTPUT_NAME if i == last else f"dense{i}.out"
-        nodes.append(
-            helper.make_node(
-                "Gemm",
-                [current, f"dense{i}.weight", f"dense{i}.bias"],
-                [output],
-                name=f"dense{i}",
-                transB=1,
-            )
-        )
-        if i < last:
-            nodes.append(helper.make_node("Relu", [output], [f"relu{i}.out"], name=f"relu{i}"))
-            current = f"relu{i}.out"
-    return _model(
-        "float", nodes, initializers, weights[0].shape[1], weights[-1].shape[0], schema_hex
-    )
-
-
-def int8_model(network: IntegerNetwork, schema_hex: str = features.SCHEMA_HEX) -> onnx.ModelProto:
-    """The quantised network in QDQ form.
-
-    Each layer is DequantizeLinear of uint8 activations, int8 weights and int32 bias, Gemm,
-    QuantizeLinear: the pattern that ONNX Runtime fuses into one QGemm. A hidden zero point of 0
-    makes saturation the ReLU. The last accumulators leave as float32, exact multiples of a power
-    of two.
-    """
-    nodes: list[onnx.NodeProto] = []
-    initializers: list[onnx.TensorProto] = []
-    first = network.layers[0]
-    initializers += [
-        _tensor("input.scale", np.ldexp(1.0, first.in_exponent), np.float32),
-        _tensor("input.zero_point", first.in_zero_point, np.uint8),
-    ]
-    nodes.append(
-        helper.make_node(
-            "QuantizeLinear",
-            [INPUT_NAME, "input.scale", "input.zero_point"],
-            ["input.q"],
-            name="input.quantize",
-        )
-    )
-    current = "input"
-    for i, layer in enumerate(network.layers):
-        name = f"dense{i}"
-        scale = np.ldexp(1.0, layer.weight_exponent)
-        channels = len(layer.bias)
-        initializers += [
-            _tensor(f"{name}.weight.q", layer.weight, np.int8),
-            _tensor(f"{name}.weight.scale", scale, np.float32),
-            _tensor(f"{name}.weight.zero_point", np.zeros(channels), np.int8),
-            _tensor(f"{name}.bias.q", layer.bias, np.int32),
-            _tensor(f"{name}.bias.scale", np.ldexp(scale, layer.in_exponent), np.float32),
-            _tensor(f"{name}.bias.zero_point", np.zeros(channels), np.int32),
-        ]
-        nodes.append(
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{current}.q", f"{current}.scale", f"{current}.zero_point"],
-                [f"{current}.dq"],
-                name=f"{current}.dequantize",
-            )
-        )
-        nodes.extend(
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{name}.{what}.q", f"{name}.{what}.scale", f"{name}.{what}.zero_point"],
-                [f"{name}.{what}.dq"],
-                name=f"{name}.{what}.dequantize",
-                axis=0,
-            )
-            for what in ("weight", "bias")
-        )
-        output = OUTPUT_NAME if layer.out_exponent is None else f"{name}.out"
-        nodes.append(
-            helper.make_node(
-                "Gemm",
-                [f"{current}.dq", f"{name}.weight.dq", f"{name}.bias.dq"],
-                [output],
-                name=name,
-                transB=1,
-            )
-        )
-        if layer.out_exponent is not None:
-            current = f"{name}.out"
-            initializers += [
-                _tensor(f"{current}.scale", np.ldexp(1.0, layer.out_exponent), np.float32),
-                _tensor(f"{current}.zero_point", 0, np.uint8),
-            ]
-            nodes.append(
-                helper.make_node(
-                    "QuantizeLinear",
-                    [output, f"{current}.scale", f"{current}.zero_point"],
-                    [f"{current}.q"],
-                    name=f"{current}.quantize",
-                )
-            )
-    return _model(
-        "int8",
-        nodes,
-        initializers,
-        first.weight.shape[1],
-        len(network.layers[-1].bias),
-        schema_hex,
-    )
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """An npz file of arrays, the same bytes for the same arrays; no pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(arrays):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asarray(arrays[name]), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), member.getvalue())
+    return out.getvalue()
 
 
 def write_bundle(
@@ -199,49 +148,81 @@ def write_bundle(
     fp32: onnx.ModelProto,
     *,
     numerics: Numerics,
-    mean: np.ndarray,
-    inv_scale: np.ndarray,
-    clip: float,
+    normalisation: Normalisation,
     classes: tuple[str, ...],
+    state: StateSection = StateSection(),  # noqa: B008 - frozen
+    bound: float = 0.0,
     training: dict[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
     schema_hex: str = features.SCHEMA_HEX,
 ) -> Manifest:
-    """Write the three files of a bundle; the same models and numbers give the same bytes.
+    """Write a whole bundle; what stood there before is replaced when the new one is complete.
 
     Parameters
     ----------
     folder : Path
-        Made where it does not exist; the three files in it are replaced.
-    mean, inv_scale : ndarray of float64, shape (features,)
+    int8, fp32 : ModelProto
+        Step graphs; ``metadata_props`` get the feature schema.
+    state : StateSection
+        What each of them remembers.
+    bound : float
+        See `engine.manifest.Manifest`.
     training : dict, optional
         How the model was made and measured; takes no part in the model hash.
+    files : mapping of str to bytes, optional
+        Further files, listed with their hashes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    digests = []
-    for file_name, model in ((INT8_NAME, int8), (FP32_NAME, fp32)):
-        data = model.SerializeToString(deterministic=True)
-        (folder / file_name).write_bytes(data)
-        digests.append(hashlib.sha256(data).hexdigest())
-    return write_manifest(
-        folder,
-        Manifest(
-            format=FORMAT_VERSION,
-            name=name,
-            numerics=numerics,
-            feature_schema=schema_hex,
-            input=InputSection(
-                name=INPUT_NAME,
-                mean=tuple(float(value) for value in mean),
-                inv_scale=tuple(float(value) for value in inv_scale),
-                clip=clip,
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        digests = []
+        for file_name, model in ((INT8_NAME, int8), (FP32_NAME, fp32)):
+            _stamp(model, {METADATA_KEY: schema_hex})
+            data = model.SerializeToString(deterministic=True)
+            (partial / file_name).write_bytes(data)
+            digests.append(hashlib.sha256(data).hexdigest())
+        hashes = {}
+        for file_name, data in (files or {}).items():
+            (partial / file_name).write_bytes(data)
+            hashes[file_name] = hashlib.sha256(data).hexdigest()
+        manifest = write_manifest(
+            partial,
+            Manifest(
+                format=FORMAT_VERSION,
+                name=name,
+                numerics=numerics,
+                bound=bound,
+                feature_schema=schema_hex,
+                input=InputSection(
+                    name=INPUT_NAME,
+                    mean=tuple(float(value) for value in normalisation.mean),
+                    inv_scale=tuple(float(value) for value in normalisation.inv_scale),
+                    clip=normalisation.clip,
+                ),
+                output=OutputSection(name=OUTPUT_NAME, classes=classes),
+                state=state,
+                int8_sha256=digests[0],
+                fp32_sha256=digests[1],
+                model_hash="",
+                files=hashes,
+                training=training or {},
             ),
-            output=OutputSection(name=OUTPUT_NAME, classes=classes),
-            int8_sha256=digests[0],
-            fp32_sha256=digests[1],
-            model_hash="",
-            training=training or {},
-        ),
-    )
+        )
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _stamp(model: onnx.ModelProto, values: Mapping[str, str]) -> None:
+    """Set metadata, in order of name."""
+    kept = {item.key: item.value for item in model.metadata_props} | dict(values)
+    del model.metadata_props[:]
+    helper.set_model_props(model, dict(sorted(kept.items())))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

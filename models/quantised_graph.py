@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from engine.bundle import StateTensor
+from engine.manifest import StateTensor
 from models.architectures import architecture
 from models.operations import (
     CELL_LIMIT,

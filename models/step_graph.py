@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engine.bundle import StateTensor
+from engine.manifest import StateTensor
 from models.architectures import architecture
 from models.execute import LAYER_NORM_EPSILON
 from models.operations import LEAK, Operations, Spec

@@ -3,7 +3,8 @@
 The CPU provider is tuned for one small model a tick: one intra-op thread, no spinning, both
 buffers bound once, so that a call does no more than the graph's own work. On x86 without VNNI
 ``session.x64quantprecision=1`` makes ONNX Runtime use the integer product that cannot saturate
-its 16-bit intermediate sums; without it an exact model would not be exact.
+its 16-bit intermediate sums; without it an exact model would not be exact. What a model with state
+remembers is kept in `engine.backends.onnx_streams`.
 
 Source: ONNX Runtime documentation, "Quantize ONNX models" (x86-64 with AVX2) and "I/O binding".
 """
@@ -18,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engine.backends.interface import BackendInfo
+from engine.backends.onnx_streams import StatefulRunner, check_arrays
 from engine.bundle import Bundle
 from feeds.errors import InputError
 
@@ -33,7 +35,8 @@ PACKAGES: Final = {
     "openvino": "onnxruntime-openvino",
 }
 WARM_UP_RUNS: Final = 64
-PROOF_RUNS: Final = 64
+PROOF_SEQUENCES: Final = 3
+PROOF_STEPS: Final = 64  # of each sequence: past the memory of a TCN of four dilations
 MAX_IN_FLIGHT: Final = 256
 MAX_THREADS: Final = 256
 _ISA: Final = (
@@ -116,6 +119,9 @@ class OnnxBackend:
         self._info = info
         # Other providers copy a bound input when it is bound, not when it is run.
         self._copies_input = info.device != "cpu"
+        self._runner: StatefulRunner | None = None
+        if bundle.state(info.precision):
+            self._runner = StatefulRunner(session, bundle, info, self._copies_input)
         self._binding: ort.IOBinding | None = None
         self._x: np.ndarray | None = None
         self._out: np.ndarray | None = None
@@ -189,29 +195,57 @@ class OnnxBackend:
         out = np.zeros(self._info.output_shape, dtype=np.float32)
         for _ in range(WARM_UP_RUNS):
             self.infer(0, x, out)
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._runner is not None:
+            self._runner.forget()
 
     def _prove_exact(self, data: bytes) -> None:
-        """Hold this machine's fused kernels against the graph as written, bit for bit."""
+        """Hold this machine's fused kernels against the graph as written, bit for bit.
+
+        Sequences from a fresh state: the outputs of each step, and the state that it leaves.
+        """
         options = session_options(1)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         plain = ort.InferenceSession(data, options, providers=[PROVIDERS["cpu"]])
+        tensors = self._bundle.state(self._info.precision)
+        names = [self._bundle.output_name, *(tensor.output for tensor in tensors)]
         rng = np.random.default_rng(0)
+        clip = self._bundle.clip
         x = np.zeros(self._info.input_shape, dtype=np.float32)
         out = np.zeros(self._info.output_shape, dtype=np.float32)
-        for run in range(PROOF_RUNS):
-            # Every other input is saturated: there narrow intermediate sums would overflow.
-            drawn = rng.standard_normal(x.shape) * (1.0 if run % 2 == 0 else 1e6)
-            x[:] = np.clip(drawn, -self._bundle.clip, self._bundle.clip)
-            self.infer(0, x, out)
-            (expected,) = plain.run([self._bundle.output_name], {self._bundle.input_name: x})
-            if out.tobytes() != expected.tobytes():
-                raise InputError(
-                    "this model declares exact-int8, and is not exact on this machine",
-                    where=f"{self._bundle.path} on {self._info.device} ({self._info.isa})",
-                    expected=f"{expected.ravel().tolist()} as the unfused graph computes",
-                    found=str(out.tolist()),
-                    fix="rebuild the bundle, or declare its numerics as tolerance",
-                )
+        for _ in range(PROOF_SEQUENCES):
+            self._forget()
+            state = {tensor.input: tensor.fresh() for tensor in tensors}
+            for step in range(PROOF_STEPS):
+                # Saturated inputs, where narrow intermediate sums would overflow, and inputs half
+                # way between two codes, where only half to even gives the same ones.
+                drawn = rng.standard_normal(x.shape) * (1e6 if step % 3 == 1 else 0.3 * clip)
+                if step % 3 == 2:
+                    drawn = np.rint(drawn * (256.0 / clip)) * (clip / 256.0)
+                x[:] = np.clip(drawn, -clip, clip)
+                self.infer(0, x, out)
+                expected, *after = plain.run(names, {self._bundle.input_name: x, **state})
+                if out.tobytes() != expected.tobytes():
+                    raise self._inexact(self._bundle.output_name, expected, out)
+                state = {t.input: array for t, array in zip(tensors, after, strict=True)}
+                found = {} if self._runner is None else self._runner.current(0)
+                for name, array in state.items():
+                    if not np.array_equal(array, found[name]):
+                        raise self._inexact(f"state {name}", array, found[name])
+        self._forget()
+
+    def _inexact(self, name: str, expected: np.ndarray, found: np.ndarray) -> InputError:
+        differ = np.flatnonzero(expected.ravel() != found.ravel())
+        at = int(differ[0]) if len(differ) else 0
+        return InputError(
+            "this model declares exact-int8, and is not exact on this machine",
+            where=f"{self._bundle.path} on {self._info.device} ({self._info.isa}): {name}[{at}]",
+            expected=f"{expected.ravel()[at]} as the unfused graph computes",
+            found=str(found.ravel()[at]),
+            fix="rebuild the bundle, or declare its numerics as tolerance",
+        )
 
     def info(self) -> BackendInfo:
         """What was opened."""
@@ -220,11 +254,7 @@ class OnnxBackend:
     def _bind(self, x: np.ndarray, out: np.ndarray) -> None:
         """Let the session read from ``x`` and write to ``out`` in place; both are kept alive."""
         assert self._session is not None, "this backend is closed"
-        for array, shape in ((x, self._info.input_shape), (out, self._info.output_shape)):
-            assert array.shape == shape, f"shape {array.shape} instead of {shape}"
-            assert array.dtype == np.float32
-            assert array.flags.c_contiguous
-        assert out.flags.writeable
+        check_arrays(self._info, x, out)
         binding = self._session.io_binding()
         binding.bind_input(
             self._bundle.input_name, "cpu", 0, np.float32, list(x.shape), x.ctypes.data
@@ -236,7 +266,11 @@ class OnnxBackend:
 
     def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> None:
         """Run the model from ``x`` into ``out``; see `Backend.infer`."""
+        # A model with state leaves `_x` and `_out` empty, so that one without pays nothing for it.
         if x is not self._x or out is not self._out or self._copies_input:
+            if self._runner is not None:
+                self._runner.infer(stream, x, out)
+                return
             self._bind(x, out)
         try:
             self._session.run_with_iobinding(self._binding)  # type: ignore[union-attr]
@@ -263,8 +297,11 @@ class OnnxBackend:
         return int(self._tickets[slot])
 
     def reset(self, stream: int) -> None:
-        """Nothing to forget: the graph keeps no state between calls."""
+        """Start a stream afresh; a model without state has nothing to forget."""
+        if self._runner is not None:
+            self._runner.reset(stream)
 
     def close(self) -> None:
         """Drop the session and let go of the bound arrays."""
-        self._session = self._binding = self._x = self._out = None
+        self._forget()
+        self._session = self._binding = self._runner = self._x = self._out = None

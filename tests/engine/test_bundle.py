@@ -23,12 +23,14 @@ from engine.bundle import (
     MANIFEST_NAME,
     METADATA_KEY,
     Manifest,
+    StateSection,
+    StateTensor,
+    check_files,
     load_bundle,
     model_hash,
 )
 from feeds.errors import InputError
-from models.export import write_manifest
-from tests.small_bundle import make_bundle
+from tests.engine.bundles import make_bundle, write_manifest
 
 
 @pytest.fixture
@@ -36,6 +38,13 @@ def folder(tmp_path: Path) -> Path:
     """A good bundle."""
     make_bundle(tmp_path / "bundle")
     return tmp_path / "bundle"
+
+
+@pytest.fixture
+def stateful(tmp_path: Path) -> Path:
+    """A good bundle of models that remember."""
+    make_bundle(tmp_path / "stateful", stateful=True)
+    return tmp_path / "stateful"
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -46,16 +55,14 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     path.write_text(json.dumps(manifest))
 
 
-def sign(folder: Path) -> None:
+def sign(folder: Path, **changes: Any) -> None:
     """Bring digests and hash up to date, as somebody who knows the format would."""
     manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
     digests = [
         hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (INT8_NAME, FP32_NAME)
     ]
-    write_manifest(
-        folder,
-        msgspec.structs.replace(manifest, int8_sha256=digests[0], fp32_sha256=digests[1]),
-    )
+    changes |= {"int8_sha256": digests[0], "fp32_sha256": digests[1]}
+    write_manifest(folder, msgspec.structs.replace(manifest, **changes))
 
 
 def refusal(folder: Path) -> InputError:
@@ -78,6 +85,7 @@ def test_a_good_bundle_says_what_the_engine_needs(tmp_path: Path) -> None:
     assert bundle.n_features == features.N_FEATURES
     assert bundle.feature_hash == features.SCHEMA_HASH
     assert f"{bundle.model_hash:016x}" == manifest.model_hash
+    assert bundle.state("int8") == bundle.state("fp32") == ()
     assert bundle.int8_path.is_file()
     assert bundle.fp32_path.is_file()
     for array, written in (
@@ -115,8 +123,11 @@ def test_the_hash_follows_what_is_computed_and_nothing_else(tmp_path: Path) -> N
         replace(manifest, name="other"),
         replace(manifest, training={"note": 1}),
         replace(manifest, model_hash="00"),
+        replace(manifest, bound=1e-6),
+        replace(manifest, files={"report.html": "00" * 32}),
     ):
         assert model_hash(same) == known
+    tensor = StateTensor("h", "h.next", "uint8", (1, 8), 128.0)
     mean = (math.nextafter(manifest.input.mean[0], 9.0), *manifest.input.mean[1:])
     for other in (
         replace(manifest, numerics="tolerance"),
@@ -126,6 +137,9 @@ def test_the_hash_follows_what_is_computed_and_nothing_else(tmp_path: Path) -> N
         replace(manifest, input=replace(manifest.input, mean=mean)),
         replace(manifest, input=replace(manifest.input, clip=5.0)),
         replace(manifest, output=replace(manifest.output, classes=("up", "flat", "down"))),
+        replace(manifest, state=StateSection(int8=(tensor,))),
+        replace(manifest, state=StateSection(fp32=(tensor,))),
+        replace(manifest, state=StateSection(int8=(replace(tensor, initial=1.0),))),
     ):
         assert model_hash(other) != known
 
@@ -175,7 +189,7 @@ def test_a_file_that_is_no_onnx(folder: Path) -> None:
     assert refusal(folder).where == str(folder / FP32_NAME)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 1}', b"null"])
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 2}', b"null"])
 def test_a_manifest_that_is_none(folder: Path, data: bytes) -> None:
     (folder / MANIFEST_NAME).write_bytes(data)
     assert refusal(folder).where == str(folder / MANIFEST_NAME)
@@ -183,7 +197,12 @@ def test_a_manifest_that_is_none(folder: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "nearest"),
-    [("", "numeric", "numerics"), ("input", "clipp", "clip"), ("output", "clases", "classes")],
+    [
+        ("", "numeric", "numerics"),
+        ("input", "clipp", "clip"),
+        ("output", "clases", "classes"),
+        ("state", "int9", "int8"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(
     folder: Path, section: str, key: str, nearest: str
@@ -194,8 +213,23 @@ def test_an_unknown_key_is_refused_with_the_nearest(
     assert nearest in error.fix
 
 
+def test_an_unknown_key_of_a_state_tensor_is_refused_with_the_nearest(stateful: Path) -> None:
+    edit_manifest(stateful, lambda m: m["state"]["int8"][1].update(shap=[1]))
+    error = refusal(stateful)
+    assert error.where == f"{stateful / MANIFEST_NAME}: state.int8[1].shap"
+    assert "shape" in error.fix
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_is_refused_as_such_whatever_keys_it_has(folder: Path, number: int) -> None:
+    edit_manifest(folder, lambda m: (m.update(format=number, other=1), m.pop("state")))
+    error = refusal(folder)
+    assert error.where == f"{folder / MANIFEST_NAME}: format"
+    assert (error.expected, error.found) == ("2", str(number))
+
+
 CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-    ("format", lambda m: m.update(format=2)),
+    ("format", lambda m: m.update(format=1)),
     ("feature_schema", lambda m: m.update(feature_schema="0" * 64)),
     ("input.mean", lambda m: m["input"]["mean"].pop()),
     ("input.inv_scale", lambda m: m["input"]["inv_scale"].append(1.0)),
@@ -206,16 +240,32 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("output.classes", lambda m: m["output"].update(classes=[])),
     ("model_hash", lambda m: m["input"].update(clip=3.5)),
     ("model_hash", lambda m: m.update(model_hash="0" * 16)),
+    ("model_hash", lambda m: m["state"]["int8"][0].update(initial=127)),
+    ("bound", lambda m: m.update(bound=-1.0)),
+    ("bound", lambda m: m.update(bound=1e-9)),
+    ("files", lambda m: m.update(files={"../model": "0" * 64})),
+    ("files", lambda m: m.update(files={"/etc/hosts": "0" * 64})),
+    ("files", lambda m: m.update(files={INT8_NAME: "0" * 64})),
+    ("files.report.html", lambda m: m.update(files={"report.html": "0" * 63})),
+    ("state.int8[0].input", lambda m: m["state"]["int8"][0].update(input="x")),
+    ("state.int8[0].output", lambda m: m["state"]["int8"][0].update(output="logits")),
+    ("state.int8[1].input", lambda m: m["state"]["int8"][1].update(input="delay.last")),
+    ("state.int8[0].shape", lambda m: m["state"]["int8"][0].update(shape=[1, 0])),
+    ("state.int8[0].initial", lambda m: m["state"]["int8"][0].update(initial=0.5)),
+    ("state.int8[0].initial", lambda m: m["state"]["int8"][0].update(initial=256)),
+    ("state.int8[1].initial", lambda m: m["state"]["int8"][1].update(initial=0.1)),
+    ("state.int8[1].initial", lambda m: m["state"]["int8"][1].update(initial=1e300)),
+    ("state.fp32", lambda m: m["state"]["fp32"][0].update(shape=[1 << 30])),
 ]
 
 
 @pytest.mark.parametrize(("key", "change"), CHANGES)
 def test_values_that_cannot_be_served_name_their_key(
-    folder: Path, key: str, change: Callable[[dict[str, Any]], Any]
+    stateful: Path, key: str, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    edit_manifest(folder, change)
-    error = refusal(folder)
-    assert error.where == f"{folder / MANIFEST_NAME}: {key}"
+    edit_manifest(stateful, change)
+    error = refusal(stateful)
+    assert error.where == f"{stateful / MANIFEST_NAME}: {key}"
     assert error.expected
     assert error.found
     assert error.fix
@@ -239,7 +289,7 @@ def test_other_numerics_are_refused(folder: Path) -> None:
     ("which", "name"), [("int8_schema", INT8_NAME), ("fp32_schema", FP32_NAME)]
 )
 def test_a_model_made_for_other_features(tmp_path: Path, which: str, name: str) -> None:
-    make_bundle(tmp_path, **{which: "ab" * 32})  # type: ignore[arg-type]
+    make_bundle(tmp_path, **{which: "ab" * 32})
     error = refusal(tmp_path)
     assert error.where == f"{tmp_path / name}: metadata_props {METADATA_KEY}"
     assert error.expected == features.SCHEMA_HEX
@@ -258,7 +308,7 @@ def test_a_model_of_another_width(tmp_path: Path) -> None:
 
 
 def test_a_model_with_other_classes(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "two", classes=("down", "up"))
+    make_bundle(tmp_path / "two", n_classes=2)
     make_bundle(tmp_path / "good")
     (tmp_path / "good" / INT8_NAME).write_bytes((tmp_path / "two" / INT8_NAME).read_bytes())
     sign(tmp_path / "good")
@@ -274,3 +324,87 @@ def test_a_model_that_changes_after_loading_is_not_served(folder: Path) -> None:
         bundle.model_bytes("int8")
     with pytest.raises(InputError, match="precision"):
         bundle.model_bytes("fp16")
+    with pytest.raises(InputError, match="precision"):
+        bundle.state("fp16")
+
+
+def test_a_bundle_says_what_its_models_remember(stateful: Path) -> None:
+    bundle = load_bundle(stateful)
+    delay, cell = bundle.state("int8")
+    assert delay == StateTensor(
+        "delay.last", "delay.next", "uint8", (3, features.N_FEATURES), 128.0
+    )
+    assert (cell.input, cell.dtype, cell.shape) == ("cell.last", "float32", (1, 8))
+    (level,) = bundle.state("fp32")
+    assert level.initial == 0.5
+    for tensor in (delay, cell, level):
+        fresh = tensor.fresh()
+        assert (fresh.dtype.name, fresh.shape) == (tensor.dtype, tensor.shape)
+        assert (fresh == tensor.initial).all()
+        assert fresh.nbytes == tensor.nbytes
+
+
+Tensors = tuple[StateTensor, ...]
+STATES: list[tuple[str, Callable[[Tensors], Tensors]]] = [
+    ("input of the graph, state delay", lambda s: (msgspec.structs.replace(s[0], input="delay"),)),
+    ("output of the graph, state d", lambda s: (msgspec.structs.replace(s[0], output="d"), s[1])),
+    (
+        "input of the graph, state delay.last",
+        lambda s: (msgspec.structs.replace(s[0], dtype="float32"), s[1]),
+    ),
+    (
+        "input of the graph, state cell.last",
+        lambda s: (s[0], msgspec.structs.replace(s[1], shape=(8, 1))),
+    ),
+    ("input of the graph, state cell.last", lambda s: s[::-1]),
+    (
+        "input of the graph, state more",
+        lambda s: (*s, StateTensor("more", "more.next", "uint8", (1,), 0.0)),
+    ),
+    ("input of the graph", lambda s: s[:1]),
+    ("input of the graph", lambda s: ()),
+]
+
+
+@pytest.mark.parametrize(("where", "change"), STATES)
+def test_a_model_with_another_state_than_its_manifest_says(
+    stateful: Path, where: str, change: Callable[[Tensors], Tensors]
+) -> None:
+    state = load_bundle(stateful).manifest.state
+    sign(stateful, state=StateSection(int8=change(state.int8), fp32=state.fp32))
+    error = refusal(stateful)
+    assert error.where == f"{stateful / INT8_NAME}: {where}"
+    assert error.expected
+    assert error.found
+
+
+def test_a_float_twin_with_another_state_than_its_manifest_says(stateful: Path) -> None:
+    state = load_bundle(stateful).manifest.state
+    sign(stateful, state=StateSection(int8=state.int8))
+    error = refusal(stateful)
+    assert error.where == f"{stateful / FP32_NAME}: input of the graph"
+    assert "level.last" in error.found
+
+
+def test_further_files_are_held_against_their_hashes_when_asked(folder: Path) -> None:
+    files = {"report.html": b"<html>", "research/int8.onnx": b"graph"}
+    (folder / "research").mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    sign(folder, files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    check_files(load_bundle(folder))
+    (folder / "report.html").write_bytes(b"<html >")
+    bundle = load_bundle(folder)  # serves all the same
+    with pytest.raises(InputError, match=r"files\.report\.html") as caught:
+        check_files(bundle)
+    assert caught.value.where == str(folder / "report.html")
+    (folder / "report.html").write_bytes(files["report.html"])
+    (folder / "research" / "int8.onnx").unlink()
+    with pytest.raises(InputError, match="cannot read") as caught:
+        check_files(bundle)
+    assert caught.value.where == str(folder / "research" / "int8.onnx")
+
+
+def test_a_tolerance_bundle_may_state_a_bound(folder: Path) -> None:
+    sign(folder, numerics="tolerance", bound=2.5e-7)
+    assert load_bundle(folder).manifest.bound == 2.5e-7

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from engine.backends import registry
+from engine.backends.integer_reference import IntegerReference
 from engine.backends.onnx import (
     MAX_IN_FLIGHT,
     PROVIDERS,
@@ -22,26 +23,24 @@ from engine.backends.onnx import (
 )
 from engine.bundle import INT8_NAME, Bundle, load_bundle
 from feeds.errors import InputError
-from models.export import int8_model, write_manifest
-from models.quantize import IntegerNetwork
-from tests.small_bundle import CLIP, HIDDEN, make_bundle
+from tests.engine import integer_graphs
+from tests.engine.bundles import make_bundle, write_manifest
 
-DENSE_LAYERS = len(HIDDEN) + 1
+DENSE_LAYERS = 3
+Made = tuple[Bundle, IntegerReference]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, IntegerNetwork]:
-    """A bundle, and the integers in it."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A bundle, and the reference of its INT8 model."""
     folder = tmp_path_factory.mktemp("bundle")
-    network, _ = make_bundle(folder)
-    return load_bundle(folder), network
+    reference, _ = make_bundle(folder)
+    return load_bundle(folder), reference
 
 
 def inputs(bundle: Bundle, n: int, seed: int = 0) -> np.ndarray:
-    """Normalised inputs, a third of them saturated."""
-    x = np.random.default_rng(seed).normal(size=(n, bundle.n_features))
-    x[::3] *= 100.0
-    return np.clip(x, -CLIP, CLIP).astype(np.float32)
+    """Normalised inputs, some of them saturated, some half way between two codes."""
+    return integer_graphs.inputs(np.random.default_rng(seed), n, bundle.n_features)
 
 
 def answers(backend: OnnxBackend, x: np.ndarray, n_outputs: int) -> np.ndarray:
@@ -55,7 +54,7 @@ def answers(backend: OnnxBackend, x: np.ndarray, n_outputs: int) -> np.ndarray:
     return found
 
 
-def test_info_says_what_answers(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_info_says_what_answers(made: Made) -> None:
     bundle, _ = made
     info = OnnxBackend.open(bundle, "cpu").info()
     assert (info.name, info.device, info.precision) == ("onnx", "cpu", "int8")
@@ -69,16 +68,14 @@ def test_info_says_what_answers(made: tuple[Bundle, IntegerNetwork]) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_int8_is_bit_for_bit_the_integer_network(
-    made: tuple[Bundle, IntegerNetwork], threads: int
-) -> None:
-    bundle, network = made
+def test_int8_is_bit_for_bit_the_integer_reference(made: Made, threads: int) -> None:
+    bundle, reference = made
     x = inputs(bundle, 1_500)
     found = answers(OnnxBackend.open(bundle, threads=threads), x, 3)
-    assert found.tobytes() == network.forward(x).tobytes()
+    assert found.tobytes() == reference.run(x).tobytes()
 
 
-def test_threads_do_not_change_the_float_twin(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_threads_do_not_change_the_float_twin(made: Made) -> None:
     bundle, _ = made
     x = inputs(bundle, 500)
     one = answers(OnnxBackend.open(bundle, precision="fp32", threads=1), x, 3)
@@ -86,9 +83,7 @@ def test_threads_do_not_change_the_float_twin(made: tuple[Bundle, IntegerNetwork
     assert one.tobytes() == two.tobytes()
 
 
-def test_every_dense_layer_is_one_fused_integer_node(
-    made: tuple[Bundle, IntegerNetwork], tmp_path: Path
-) -> None:
+def test_every_dense_layer_is_one_fused_integer_node(made: Made, tmp_path: Path) -> None:
     bundle, _ = made
     options = session_options(1)
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -98,10 +93,11 @@ def test_every_dense_layer_is_one_fused_integer_node(
 
 
 def test_a_model_that_claims_to_be_exact_and_is_not_does_not_open(tmp_path: Path) -> None:
-    network, manifest = make_bundle(tmp_path)
-    model = int8_model(network)
+    _, manifest = make_bundle(tmp_path)
+    model = onnx.load(tmp_path / INT8_NAME)
+    scales = {node.input[1] for node in model.graph.node if node.op_type.endswith("Linear")}
     for tensor in model.graph.initializer:
-        if tensor.name.endswith("scale"):
+        if tensor.name in scales:
             scale = onnx.numpy_helper.to_array(tensor) * np.float32(1.1)
             tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))
     data = model.SerializeToString()
@@ -115,11 +111,11 @@ def test_a_model_that_claims_to_be_exact_and_is_not_does_not_open(tmp_path: Path
     assert OnnxBackend.open(load_bundle(tmp_path)).info().numerics == "tolerance"
 
 
-def test_other_arrays_may_come_at_any_time(made: tuple[Bundle, IntegerNetwork]) -> None:
-    bundle, network = made
+def test_other_arrays_may_come_at_any_time(made: Made) -> None:
+    bundle, reference = made
     backend = OnnxBackend.open(bundle)
     x = inputs(bundle, 6)
-    expected = network.forward(x)
+    expected = reference.run(x)
     rows = [x[i : i + 1].copy() for i in range(6)]
     outs = [np.empty(3, np.float32) for _ in range(2)]
     for i in (0, 1, 1, 2, 0, 5, 4, 3, 0):
@@ -128,7 +124,7 @@ def test_other_arrays_may_come_at_any_time(made: tuple[Bundle, IntegerNetwork]) 
 
 
 def test_arrays_of_another_shape_type_or_layout_are_refused(
-    made: tuple[Bundle, IntegerNetwork],
+    made: Made,
 ) -> None:
     bundle, _ = made
     backend = OnnxBackend.open(bundle)
@@ -149,7 +145,7 @@ def test_arrays_of_another_shape_type_or_layout_are_refused(
             backend.infer(0, bad_x, bad_out)
 
 
-def test_inference_keeps_no_memory(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_inference_keeps_no_memory(made: Made) -> None:
     bundle, _ = made
     backend = OnnxBackend.open(bundle)
     x, out = np.zeros((1, bundle.n_features), np.float32), np.empty(3, np.float32)
@@ -164,11 +160,11 @@ def test_inference_keeps_no_memory(made: tuple[Bundle, IntegerNetwork]) -> None:
     assert min(growth() for _ in range(3)) < 10
 
 
-def test_submitted_inferences_come_back_in_order(made: tuple[Bundle, IntegerNetwork]) -> None:
-    bundle, network = made
+def test_submitted_inferences_come_back_in_order(made: Made) -> None:
+    bundle, reference = made
     backend = OnnxBackend.open(bundle)
     x = inputs(bundle, MAX_IN_FLIGHT + 1)
-    expected = network.forward(x)
+    expected = reference.run(x)
     out = np.zeros(3, np.float32)
     for round_start in (0, 1_000):
         assert backend.poll(out) == -1
@@ -181,7 +177,7 @@ def test_submitted_inferences_come_back_in_order(made: tuple[Bundle, IntegerNetw
     assert backend.poll(out) == -1
 
 
-def test_a_closed_backend_answers_no_more(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_a_closed_backend_answers_no_more(made: Made) -> None:
     bundle, _ = made
     backend = OnnxBackend.open(bundle)
     x, out = np.zeros((1, bundle.n_features), np.float32), np.empty(3, np.float32)
@@ -192,7 +188,7 @@ def test_a_closed_backend_answers_no_more(made: tuple[Bundle, IntegerNetwork]) -
         backend.infer(0, x, out)
 
 
-def test_devices_that_are_not_here_are_refused(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_devices_that_are_not_here_are_refused(made: Made) -> None:
     bundle, _ = made
     absent = [
         name
@@ -210,7 +206,7 @@ def test_devices_that_are_not_here_are_refused(made: tuple[Bundle, IntegerNetwor
 
 
 def test_falling_back_to_another_device_is_an_error(
-    made: tuple[Bundle, IntegerNetwork], monkeypatch: pytest.MonkeyPatch
+    made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, _ = made
     monkeypatch.setattr(
@@ -220,7 +216,7 @@ def test_falling_back_to_another_device_is_an_error(
         OnnxBackend.open(bundle, "cpu")
 
 
-def test_impossible_thread_counts_and_precisions(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_impossible_thread_counts_and_precisions(made: Made) -> None:
     bundle, _ = made
     for threads in (0, -1, 100_000):
         with pytest.raises(InputError, match=r"model\.threads"):
@@ -229,7 +225,7 @@ def test_impossible_thread_counts_and_precisions(made: tuple[Bundle, IntegerNetw
         OnnxBackend.open(bundle, precision="int4")
 
 
-def test_a_failure_of_the_runtime_is_a_runtime_error(made: tuple[Bundle, IntegerNetwork]) -> None:
+def test_a_failure_of_the_runtime_is_a_runtime_error(made: Made) -> None:
     bundle, _ = made
     backend = OnnxBackend.open(bundle)
     x, out = np.zeros((1, bundle.n_features), np.float32), np.empty(3, np.float32)

@@ -1,0 +1,229 @@
+"""From a training run to a bundle: quantise, compare, prove, and write everything that goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from engine.backends.exactness import prove_exact
+from engine.bundle import Bundle, load_bundle
+from models.calibration import FeatureHistogram
+from models.comparison import Comparison, compare
+from models.execute import SchemeNumerics, scores_of
+from models.export import (
+    CALIBRATION_NAME,
+    GOLDEN_NAME,
+    RESEARCH_FP32_NAME,
+    RESEARCH_INT8_NAME,
+    npz_bytes,
+    research_graph,
+    write_bundle,
+)
+from models.labels import CLASSES
+from models.quantisation import WARM_UP_ROWS, Options, Quantised, quantise
+from models.runs import Run
+from models.sequences import TEST, TRAIN, Dataset
+from models.source import SOURCE_NAME, Source
+from models.step_session import StepSession
+from models.train_run import PACKAGES
+from models.verify import BOUND_MARGIN, SCORE_ROWS, greatest_difference, hard_rows
+
+GOLDEN_ROWS: Final = 256
+LIVE_ROWS: Final = 2_000
+HASH_KEY: Final = "octick.model"
+Progress = Callable[[str, float], None]
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What `make_bundle` did.
+
+    Attributes
+    ----------
+    bundle : str
+    model_hash, numerics : str
+    bound : float
+    options : Options
+    comparison : Comparison
+    calibration_rows : int
+    coverage : float
+        Share of the test part's values within the range that calibration saw.
+    accumulator_headroom_bits : float or None
+        The least of any node, where exactness was proved.
+    sensitivities : dict of str to float
+    macs, parameters : int
+    seconds_training : float
+        Of the float network.
+    """
+
+    bundle: str
+    model_hash: str
+    numerics: str
+    bound: float
+    options: Options
+    comparison: Comparison
+    calibration_rows: int
+    coverage: float
+    accumulator_headroom_bits: float | None
+    sensitivities: dict[str, float]
+
+
+def live_rows(data: Dataset, n: int = LIVE_ROWS) -> np.ndarray:
+    """Consecutive rows of the test part's longest stretch, float32 of shape (<= n, features)."""
+    stretches = list(data.stretches(TEST, WARM_UP_ROWS))
+    longest = max(stretches, key=lambda stretch: stretch.stop - stretch.first)
+    return np.asarray(data.x[longest.begin : longest.stop][:n], dtype=np.float32)
+
+
+def measured_bound(twins: Quantised, rows: np.ndarray, clip: float) -> float:
+    """Greatest difference of an INT8 score between levels, threads and PyTorch, with a margin.
+
+    With free scales a value can fall to either side of a rounding tie, and in a model with state
+    the difference stays; the rows that verification uses are among those measured, and a half is
+    added for those that are not.
+    """
+    state = twins.state.int8
+    x = np.concatenate([rows[:SCORE_ROWS], hard_rows(rows.shape[1], clip, SCORE_ROWS)])
+    plain = StepSession(twins.int8, state, optimise=False).run(x)
+    others = [StepSession(twins.int8, state, threads=n).run(x) for n in (1, 2)]
+    if twins.scheme is not None:
+        numerics = SchemeNumerics(twins.scheme)
+        others.append(scores_of(twins.spec, twins.parameters, x, numerics=numerics))
+    return BOUND_MARGIN * max(greatest_difference(scores, plain) for scores in others)
+
+
+def make_bundle(
+    run: Run,
+    options: Options,
+    folder: Path,
+    *,
+    name: str = "",
+    report: Callable[[Bundle, Made, Mapping[str, Any]], bytes] | None = None,
+    progress: Progress = lambda stage, share: None,
+) -> Made:
+    """Quantise a run's network and write the bundle.
+
+    Parameters
+    ----------
+    folder : Path
+        The bundle's; replaced when everything has gone well, else left as it was.
+    name : str
+        The architecture's by default.
+
+    Raises
+    ------
+    InputError
+        If the options or the data cannot be used, or exactness cannot be proved: then the node is
+        named.
+    """
+    data = run.data
+    metadata = {
+        "octick.classes": ",".join(CLASSES),
+        "octick.horizon": str(data.facts.horizon),
+        "octick.label": data.facts.label,
+    }
+    twins = quantise(run.spec, run.parameters, data, options, metadata=metadata, progress=progress)
+    exact = twins.numerics == "exact-int8"
+    headroom = None
+    if exact:
+        progress("proving that every accumulator is exact", 0.0)
+        bounds = prove_exact(twins.int8, twins.state.int8)
+        headroom = round(min(item.headroom_bits for item in bounds), 3)
+    rows = live_rows(data)
+    bound = 0.0 if exact else measured_bound(twins, rows, data.facts.clip)
+    progress("comparing INT8 and FP32 on the test part", 0.0)
+    comparison, _ = compare(twins, data, TEST)
+    histogram, coverage = _calibration(run, data)
+    files = _files(twins, data, rows, histogram)
+    training = {
+        "architecture": run.spec.arch,
+        "spec": msgspec.to_builtins(twins.spec),
+        "label": {
+            "kind": data.facts.label,
+            "horizon": data.facts.horizon,
+            "threshold": data.facts.threshold,
+        },
+        "options": msgspec.to_builtins(options),
+        "data": run.record.data,
+        "epochs": run.record.epochs,
+        "seed": run.record.seed,
+        "optimum_accuracy": run.record.optimum_accuracy,
+        "calibration": {
+            "rows": twins.observed_rows,
+            "observer": options.observer,
+            "coverage": coverage,
+        },
+        "test": _summary(comparison),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    manifest = write_bundle(
+        folder,
+        name or run.spec.arch,
+        twins.int8,
+        twins.fp32,
+        numerics=twins.numerics,
+        normalisation=data.normalisation,
+        classes=CLASSES,
+        state=twins.state,
+        bound=bound,
+        training=training,
+        files=files,
+    )
+    load_bundle(folder)
+    return Made(
+        bundle=str(folder),
+        model_hash=manifest.model_hash,
+        numerics=twins.numerics,
+        bound=bound,
+        options=options,
+        comparison=comparison,
+        calibration_rows=twins.observed_rows,
+        coverage=coverage,
+        accumulator_headroom_bits=headroom,
+        sensitivities={key: round(value, 9) for key, value in twins.sensitivities.items()},
+    )
+
+
+def _summary(comparison: Comparison) -> dict[str, Any]:
+    """What of a comparison goes into the manifest: no latencies, so that it is reproducible."""
+    return {
+        "rows": comparison.rows,
+        "int8_accuracy": comparison.int8.accuracy,
+        "fp32_accuracy": comparison.fp32.accuracy,
+        "agreement": comparison.agreement,
+        "size_ratio": comparison.size_ratio,
+    }
+
+
+def _calibration(run: Run, data: Dataset) -> tuple[FeatureHistogram, float]:
+    """Histogram of the training part's features, and how much of the test part it covers."""
+    histogram = FeatureHistogram(run.spec.n_features, data.facts.clip)
+    for part in np.array_split(np.flatnonzero(data.part == TRAIN), 64):
+        histogram.update(np.asarray(data.x[part]))
+    live = np.asarray(data.x[np.flatnonzero(data.part == TEST)])
+    return histogram, round(float(histogram.coverage(live).values), 6)
+
+
+def _files(
+    twins: Quantised, data: Dataset, rows: np.ndarray, histogram: FeatureHistogram
+) -> dict[str, bytes]:
+    golden = {"x": rows[:GOLDEN_ROWS]}
+    for precision, model in (("int8", twins.int8), ("fp32", twins.fp32)):
+        session = StepSession(model, getattr(twins.state, precision))
+        golden[precision] = session.run(golden["x"])
+    source = Source(twins.spec, twins.float_parameters, twins.parameters, twins.scheme)
+    normalisation = data.normalisation
+    research = {
+        RESEARCH_INT8_NAME: research_graph(twins.int8, twins.state.int8, normalisation),
+        RESEARCH_FP32_NAME: research_graph(twins.fp32, twins.state.fp32, normalisation),
+    }
+    return {
+        GOLDEN_NAME: npz_bytes(golden),
+        CALIBRATION_NAME: npz_bytes(histogram.save()),
+        SOURCE_NAME: source.to_bytes(),
+        **{name: graph.SerializeToString(deterministic=True) for name, graph in research.items()},
+    }
