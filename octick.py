@@ -46,8 +46,14 @@ _COMMANDS: Final[dict[str, Any]] = {
         "verify": ("feeds.tape_cli", "verify", "Check every record of a tape."),
     },
     "model": {
-        "": "Build models and bundles.",
+        "": "From tapes to a verified INT8 bundle.",
+        "info": ("models.bundle_cli", "info", "Say what a bundle is."),
+        "quantize": ("models.bundle_cli", "quantize", "Quantise a trained network to a bundle."),
         "reference": ("models.cli", "reference", "Rebuild the reference bundle."),
+        "report": ("models.bundle_cli", "report", "Compare bundles in one table."),
+        "train": ("models.cli", "train", "Train a network on tapes."),
+        "tune": ("models.search_cli", "tune", "Search layers, precisions, observers and scales."),
+        "verify": ("models.bundle_cli", "verify", "Verify a bundle in three levels."),
     },
     "bench": {
         "": "Measure; every figure in the README comes from here.",

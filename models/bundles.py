@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from engine.backends.exactness import prove_exact
-from engine.bundle import Bundle, load_bundle
+from engine.bundle import load_bundle
 from models.calibration import FeatureHistogram
 from models.comparison import Comparison, compare
 from models.execute import SchemeNumerics, scores_of
@@ -25,13 +25,14 @@ from models.export import (
     write_bundle,
 )
 from models.labels import CLASSES
+from models.model_report import write_report
 from models.quantisation import WARM_UP_ROWS, Options, Quantised, quantise
 from models.runs import Run
 from models.sequences import TEST, TRAIN, Dataset
 from models.source import SOURCE_NAME, Source
 from models.step_session import StepSession
 from models.train_run import PACKAGES
-from models.verify import BOUND_MARGIN, SCORE_ROWS, greatest_difference, hard_rows
+from models.verify import BOUND_MARGIN, SCORE_ROWS, greatest_difference, hard_rows, verify
 
 GOLDEN_ROWS: Final = 256
 LIVE_ROWS: Final = 2_000
@@ -55,9 +56,8 @@ class Made(msgspec.Struct, frozen=True):
     accumulator_headroom_bits : float or None
         The least of any node, where exactness was proved.
     sensitivities : dict of str to float
-    macs, parameters : int
-    seconds_training : float
-        Of the float network.
+    failed : tuple of str
+        Checks of the first two levels of verification that do not hold.
     """
 
     bundle: str
@@ -70,6 +70,7 @@ class Made(msgspec.Struct, frozen=True):
     coverage: float
     accumulator_headroom_bits: float | None
     sensitivities: dict[str, float]
+    failed: tuple[str, ...]
 
 
 def live_rows(data: Dataset, n: int = LIVE_ROWS) -> np.ndarray:
@@ -102,7 +103,7 @@ def make_bundle(
     folder: Path,
     *,
     name: str = "",
-    report: Callable[[Bundle, Made, Mapping[str, Any]], bytes] | None = None,
+    with_report: bool = True,
     progress: Progress = lambda stage, share: None,
 ) -> Made:
     """Quantise a run's network and write the bundle.
@@ -113,6 +114,8 @@ def make_bundle(
         The bundle's; replaced when everything has gone well, else left as it was.
     name : str
         The architecture's by default.
+    with_report : bool
+        Write ``report.html`` too.
 
     Raises
     ------
@@ -136,7 +139,7 @@ def make_bundle(
     rows = live_rows(data)
     bound = 0.0 if exact else measured_bound(twins, rows, data.facts.clip)
     progress("comparing INT8 and FP32 on the test part", 0.0)
-    comparison, _ = compare(twins, data, TEST)
+    comparison = compare(twins, data, TEST)
     histogram, coverage = _calibration(run, data)
     files = _files(twins, data, rows, histogram)
     training = {
@@ -173,7 +176,14 @@ def make_bundle(
         training=training,
         files=files,
     )
-    load_bundle(folder)
+    bundle = load_bundle(folder)
+    verification = verify(
+        bundle, rows, levels=("operator", "subgraph"), on_stage=lambda stage: progress(stage, 0.0)
+    )
+    if with_report:
+        progress("writing the report", 0.0)
+        facts = msgspec.to_builtins(comparison)
+        write_report(bundle, run, twins, facts, verification)
     return Made(
         bundle=str(folder),
         model_hash=manifest.model_hash,
@@ -185,6 +195,7 @@ def make_bundle(
         coverage=coverage,
         accumulator_headroom_bits=headroom,
         sensitivities={key: round(value, 9) for key, value in twins.sensitivities.items()},
+        failed=tuple(check.name for check in verification.checks if not check.ok),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -92,15 +92,8 @@ def measures(data: Dataset, rows: np.ndarray, scores: np.ndarray) -> Metrics:
 
 def compare(
     twins: Quantised, data: Dataset, part: int, *, most: int = EVALUATED_ROWS
-) -> tuple[Comparison, dict[str, Any]]:
-    """Run both twins over a part.
-
-    Returns
-    -------
-    comparison : Comparison
-    arrays : dict
-        ``rows``, and ``scores`` of each precision, for plots.
-    """
+) -> Comparison:
+    """Run both twins over a part."""
     sessions = {
         "fp32": StepSession(twins.fp32, twins.state.fp32),
         "int8": StepSession(twins.int8, twins.state.int8),
@@ -114,7 +107,7 @@ def compare(
     sizes = [len(model.SerializeToString()) for model in (twins.fp32, twins.int8)]
     same = scores["int8"].argmax(axis=1) == scores["fp32"].argmax(axis=1)
     loss = found["fp32"].accuracy - found["int8"].accuracy
-    comparison = Comparison(
+    return Comparison(
         rows=len(rows),
         fp32=found["fp32"],
         int8=found["int8"],
@@ -129,7 +122,6 @@ def compare(
         p99_us_int8=timed[1][1],
         int8_nodes=int8_nodes(twins.int8),
     )
-    return comparison, {"rows": rows, **scores}
 
 
 def interleaved_latency(

@@ -18,12 +18,6 @@ CALIBRATION_BINS: Final = 15
 CURVE_POINTS: Final = 500
 PLACES: Final = 6
 NS_A_DAY: Final = 86_400_000_000_000
-BASELINE_ROWS: Final = 200_000
-BASELINE_L2: Final = 1e-4
-BASELINE_STEPS: Final = 25
-BASELINE_HALVINGS: Final = 30
-BASELINE_TOLERANCE: Final = 1e-10
-_CHUNK_ROWS: Final = 8_192
 
 
 class ClassMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -387,87 +381,3 @@ def evaluate(
         correlation=correlation,
         following=following,
     )
-
-
-def logistic_baseline(
-    x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, seed: int
-) -> np.ndarray:
-    """Scores of multinomial logistic regression: what a linear model finds in the same rows.
-
-    Newton's method with halved steps on the mean log loss plus ``BASELINE_L2 / 2`` times the
-    squared weights of standardised features (Hastie, Tibshirani and Friedman 2009, "The Elements
-    of Statistical Learning", section 4.4.1): convex, so it ends in the one minimum.
-
-    Parameters
-    ----------
-    x_train : ndarray of float, shape (n, features)
-    y_train : ndarray of int64, shape (n,)
-        Of `CLASSES`.
-    x_test : ndarray of float, shape (m, features)
-    seed : int
-        Draws `BASELINE_ROWS` rows where there are more.
-
-    Returns
-    -------
-    ndarray of float64, shape (m, classes)
-    """
-    assert len(x_train) == len(y_train) >= 1
-    if len(x_train) > BASELINE_ROWS:
-        rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(len(x_train), BASELINE_ROWS, replace=False))
-        x_train, y_train = x_train[chosen], y_train[chosen]
-    mean: np.ndarray = np.mean(x_train, axis=0, dtype=np.float64)
-    deviation = np.sqrt(np.var(x_train, axis=0, dtype=np.float64))
-    scale = np.where(deviation > 1e-9 * np.maximum(np.abs(mean), 1.0), deviation, np.inf)
-    x = _standardised(x_train, mean, scale)
-    weight = np.zeros((x.shape[1], len(CLASSES)))
-    loss = _objective(x, y_train, weight)
-    for _ in range(BASELINE_STEPS):
-        step, decrease = _newton_step(x, y_train, weight)
-        if decrease < BASELINE_TOLERANCE:
-            break
-        for _ in range(BASELINE_HALVINGS):
-            tried = _objective(x, y_train, weight - step)
-            if tried <= loss:
-                break
-            step = step / 2.0
-        else:
-            break
-        weight, loss = weight - step, tried
-    return _standardised(x_test, mean, scale) @ weight
-
-
-def _standardised(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Features and a column of ones, float64; made in place, for it is the greatest array here."""
-    out = np.ones((len(x), len(mean) + 1))
-    np.subtract(x, mean, out=out[:, :-1])
-    out[:, :-1] /= scale
-    return out
-
-
-def _objective(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
-    loss = -log_softmax(x @ weight)[np.arange(len(y)), y].mean()
-    return float(loss + BASELINE_L2 / 2.0 * np.square(weight).sum())
-
-
-def _newton_step(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """Inverse Hessian times gradient, shaped as the weights, and twice what it promises to gain."""
-    width, n_classes = weight.shape
-    gradient = BASELINE_L2 * weight
-    hessian = np.zeros((n_classes, width, n_classes, width))
-    for start in range(0, len(x), _CHUNK_ROWS):
-        rows = x[start : start + _CHUNK_ROWS]
-        p = softmax(rows @ weight)
-        wrong = p - np.eye(n_classes)[y[start : start + _CHUNK_ROWS]]
-        gradient = gradient + rows.T @ wrong / len(x)
-        for a in range(n_classes):
-            for b in range(a, n_classes):
-                curvature = p[:, a] * ((a == b) - p[:, b]) / len(x)
-                hessian[a, :, b, :] += (rows * curvature[:, None]).T @ rows
-    for a in range(n_classes):
-        for b in range(a):
-            hessian[a, :, b, :] = hessian[b, :, a, :].T
-    flat = hessian.reshape(width * n_classes, -1) + BASELINE_L2 * np.eye(width * n_classes)
-    slope = gradient.T.ravel()
-    step = np.linalg.solve(flat, slope)
-    return step.reshape(n_classes, width).T, float(slope @ step)

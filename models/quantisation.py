@@ -37,6 +37,7 @@ from models.training_quantised import TrainedNumerics
 Method = Literal["ptq", "qat", "dynamic", "int4"]
 METHODS: Final[tuple[Method, ...]] = ("ptq", "qat", "dynamic", "int4")
 CALIBRATION_STEPS: Final = 64
+CHECKED_WINDOWS: Final = 256
 CALIBRATION_BATCH: Final = 16  # windows at a time: what bounds the memory
 QAT_LEARNING_RATE: Final = 3e-4
 PRUNED_LEARNING_RATE: Final = 1e-3
@@ -151,7 +152,9 @@ def calibrate(
     begin = windows(data, TRAIN, context, steps, 0)
     wanted = min(len(begin), max(1, rows // steps))
     chosen = begin[np.linspace(0, len(begin) - 1, wanted).astype(np.int64)] if wanted else begin
-    check_rows(np.asarray(data.x[chosen]), "calibration set")
+    for some in np.array_split(chosen, max(1, len(chosen) // CHECKED_WINDOWS)):
+        spanned = (some[:, None] + np.arange(steps)).ravel()
+        check_rows(np.asarray(data.x[spanned]), "calibration set")
     observers = {
         name: make_observer(observer, name, power_of_two=power_of_two, symmetric=symmetric)
         for name, kind in describe(spec).points.items()

@@ -7,16 +7,31 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, NewType
-
-from models.report_svg import printable, variables
+from typing import Any, Final, NewType, TypeGuard
 
 Markup = NewType("Markup", str)  # HTML that is safe to put into a page
 NOTHING: Final = "–"
+FAILS: Final = "FAILS"
+LABEL_LETTERS: Final = 26
 MAX_LISTED: Final = 8
 PERCENT_PLACES: Final = 2
 MAX_PERCENT_PLACES: Final = 6
+
+# role → colour on light and on dark paper. INT8 and FP32 differ for every kind of colour vision
+# (Okabe and Ito 2008, "Color Universal Design").
+PALETTE: Final[Mapping[str, tuple[str, str]]] = {
+    "ink": ("#1b1f24", "#e6e9ed"),
+    "soft": ("#66707c", "#9aa4b0"),
+    "rule": ("#d5dae0", "#3a424c"),
+    "int8": ("#c4510a", "#ff9a4d"),
+    "fp32": ("#0b67a8", "#62b2f0"),
+    "past": ("#8d99a6", "#76828f"),
+    "live": ("#0b8a63", "#3fd0a0"),
+    "bad": ("#b3261e", "#ff8a80"),
+}
+_UNPRINTABLE: Final = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd]")
 
 _STYLE: Final = """
 *{box-sizing:border-box}
@@ -45,9 +60,10 @@ th{color:var(--soft);font-weight:600}
 thead th{white-space:nowrap}
 .n{text-align:right;white-space:nowrap}
 td.wrap{overflow-wrap:anywhere;min-width:14rem}
+details{margin:.7rem 0}
 details summary{cursor:pointer;color:var(--soft)}
 figure{margin:.8rem 0}
-svg{display:block;width:100%;height:auto;color:var(--ink)}
+svg{display:block;width:100%;min-width:38rem;height:auto;color:var(--ink)}
 svg *{stroke-linejoin:round}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 @media print{body{max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}
@@ -56,6 +72,25 @@ _PAPER: Final = (
     "--paper: #ffffff; --panel: #f3f5f8;",
     "--paper: #14181d; --panel: #1e242b;",
 )
+
+
+def variables(dark: bool) -> str:
+    """The palette as CSS declarations."""
+    return " ".join(f"--{role}: {pair[dark]};" for role, pair in PALETTE.items())
+
+
+def printable(text: object) -> str:
+    """Text without characters that HTML and XML cannot hold."""
+    return _UNPRINTABLE.sub("\ufffd", str(text))
+
+
+def shortened(text: object, letters: int = LABEL_LETTERS) -> str:
+    """A label on one line; the middle of a long one goes, for ends tell more."""
+    line = " ".join(printable(text).split())
+    if len(line) <= letters:
+        return line
+    head = (letters - 1) // 2
+    return line[:head] + "…" + line[len(line) - (letters - 1 - head) :]
 
 
 def escaped(text: object) -> Markup:
@@ -73,11 +108,6 @@ def joined(parts: Iterable[Markup]) -> Markup:
     return Markup("".join(parts))
 
 
-def cell(value: Markup | object, kind: str = "") -> Markup:
-    """A cell of a table: a `Markup` from `code` or `joined` as it is has to be wrapped here."""
-    return Markup(f'<td class="{kind}">{value}</td>' if kind else f"<td>{value}</td>")
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], kinds: str) -> Markup:
     """A table of plain text.
 
@@ -88,18 +118,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], kinds: str) -> 
         Cells; each is escaped.
     kinds : str
         A letter a column: ``l`` text, ``n`` a figure, ``w`` long text that may be broken, ``c``
-        code.
+        code, ``s`` a state, marked where it is `FAILS`.
     """
-    classes = {"l": "", "n": "n", "w": "wrap", "c": "wrap"}
+    classes = {"l": "", "n": "n", "w": "wrap", "c": "wrap", "s": ""}
     top = joined(
-        Markup(f'<th class="n">{escaped(text)}</th>' if kind == "n" else f"<th>{escaped(text)}</th>")
+        Markup(
+            f'<th class="n">{escaped(text)}</th>' if kind == "n" else f"<th>{escaped(text)}</th>"
+        )
         for text, kind in zip(head, kinds, strict=True)
     )
     body = joined(
         Markup(
             "<tr>"
             + joined(
-                cell(code(text) if kind == "c" else escaped(text), classes[kind])
+                Markup(
+                    f'<td class="{"bad" if (kind, text) == ("s", FAILS) else classes[kind]}">'
+                    f"{code(text) if kind == 'c' else escaped(text)}</td>"
+                )
                 for text, kind in zip(row, kinds, strict=True)
             )
             + "</tr>\n"
@@ -112,12 +147,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], kinds: str) -> 
 
 def paragraph(text: object, kind: str = "") -> Markup:
     """A paragraph of plain text."""
-    return Markup(f'<p class="{kind}">{escaped(text)}</p>\n' if kind else f"<p>{escaped(text)}</p>\n")
+    return Markup(
+        f'<p class="{kind}">{escaped(text)}</p>\n' if kind else f"<p>{escaped(text)}</p>\n"
+    )
 
 
 def bullets(texts: Iterable[object]) -> Markup:
     """A list of plain sentences."""
-    return Markup("<ul>" + joined(Markup(f"<li>{escaped(text)}</li>\n") for text in texts) + "</ul>")
+    return Markup(
+        "<ul>" + joined(Markup(f"<li>{escaped(text)}</li>\n") for text in texts) + "</ul>"
+    )
 
 
 def tiles(items: Iterable[tuple[str, str]]) -> Markup:
@@ -137,12 +176,15 @@ def folded(summary: str, inner: Markup, *, is_open: bool) -> Markup:
 
 def drawing(svg: str, caption: str) -> Markup:
     """A plot of `models.report_plots` above its caption."""
-    return Markup(f"<figure>{svg}<figcaption>{escaped(caption)}</figcaption></figure>\n")
+    caption = escaped(caption)
+    return Markup(
+        f'<figure><div class="wide">{svg}</div><figcaption>{caption}</figcaption></figure>\n'
+    )
 
 
 def left_out(what: str, command: str) -> Markup:
     """The line that stands where a part is missing."""
-    return Markup(f'<p class="left-out">{escaped(what)} Make it with {code(command)}.</p>\n')
+    return Markup(f'<p class="left-out">{escaped(what)} {code(command)} makes this part.</p>\n')
 
 
 def section(anchor: str, title: str, *parts: Markup) -> Markup:
@@ -165,7 +207,7 @@ def page(title: str, body: Markup) -> bytes:
     ).encode()
 
 
-def is_figure(value: object) -> bool:
+def is_figure(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -195,9 +237,9 @@ def whole(value: Any) -> str:
 
 def general(value: Any) -> str:
     """Any number in few digits."""
-    if isinstance(value, float) and is_figure(value) and not value.is_integer():
+    if is_figure(value) and (abs(value) >= 1e15 or not float(value).is_integer()):
         return f"{value:.4g}"
-    return whole(value) if is_figure(value) and abs(value) < 1e15 else decimal(value)
+    return whole(value)
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from models.report_svg import DRAWN, colour, markup, plain_ticks, plot, shortened
+from models.report_page import shortened
+from models.report_svg import DRAWN, colour, markup, plain_ticks, plot
 
 MAX_PANELS: Final = 24
 PANEL_COLUMNS: Final = 4
@@ -195,6 +196,17 @@ def latency_plot(latency_us: Mapping[str, Sequence[float]]) -> str:
         return markup(figure, "latency", "Empirical distribution of latency")
 
 
+def _line(precision: str) -> dict[str, Any]:
+    """FP32 beneath and wider: twins that agree lie on each other."""
+    wide = precision.lower() == "fp32"
+    return {
+        "color": colour(precision),
+        "linewidth": 2.8 if wide else 1.2,
+        "alpha": 0.55 if wide else 1.0,
+        "label": shortened(precision.upper()),
+    }
+
+
 def reliability_plot(reliability: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
     """Accuracy against confidence, and how many rows stand behind each point.
 
@@ -206,7 +218,7 @@ def reliability_plot(reliability: Mapping[str, Mapping[str, Sequence[Any]]]) -> 
     with plot(3.3) as figure:
         left, right = figure.subplots(1, 2)
         lowest = 1.0
-        for precision, diagram in reliability.items():
+        for precision, diagram in sorted(reliability.items()):
             count = np.asarray(diagram["count"], dtype=np.float64)
             there = np.flatnonzero(count)
             confidence, accuracy = (
@@ -215,10 +227,9 @@ def reliability_plot(reliability: Mapping[str, Mapping[str, Sequence[Any]]]) -> 
             )
             edges = np.asarray(diagram["edges"], dtype=np.float64)
             lowest = min(lowest, confidence.min(), accuracy.min(), edges[there[0]])
-            style = {"color": colour(precision), "label": shortened(precision.upper())}
-            marks = {"marker": "o", "markersize": 4.0, "linewidth": 1.2}
-            left.plot(100.0 * confidence, 100.0 * accuracy, **style, **marks)
-            right.stairs(100.0 * count / count.sum(), 100.0 * edges, linewidth=1.2, **style)
+            style = _line(precision)
+            left.plot(100.0 * confidence, 100.0 * accuracy, marker="o", markersize=4.0, **style)
+            right.stairs(100.0 * count / count.sum(), 100.0 * edges, **style)
         low = math.floor(10.0 * lowest) * 10.0
         left.plot([low, 100], [low, 100], color=DRAWN["soft"], linestyle=(0, (4, 3)), linewidth=1)
         left.set(xlim=(low, 101), ylim=(low, 101))
@@ -238,17 +249,8 @@ def curve_plot(curves: Mapping[str, Sequence[float]]) -> str:
     """
     with plot(2.9) as figure:
         axes = figure.subplots()
-        # FP32 beneath, thicker: twins that agree lie on each other.
-        for precision in sorted(curves):
-            values = np.asarray(curves[precision], dtype=np.float64)
-            axes.plot(
-                np.linspace(0.0, 100.0, len(values)),
-                values,
-                color=colour(precision),
-                linewidth=2.6 if precision == "fp32" else 1.2,
-                alpha=0.55 if precision == "fp32" else 1.0,
-                label=shortened(precision.upper()),
-            )
+        for precision, values in sorted(curves.items()):
+            axes.plot(np.linspace(0.0, 100.0, len(values)), values, **_line(precision))
         axes.axhline(0.0, color=DRAWN["soft"], linewidth=0.8)
         axes.yaxis.set_major_formatter(plain_ticks(lambda value: f"{value:,.10g}"))
         axes.set(xlim=(0, 100), xlabel="rows of the test part so far, %")
@@ -274,6 +276,8 @@ def front_plot(points: Sequence[Mapping[str, Any]]) -> str:
             (others, "past", "candidates"),
             (front, "int8", "Pareto front"),
         ):
+            if not group:
+                continue
             axes.plot(
                 [100.0 * point["disagreement"] for point in group],
                 [point["p99_us"] for point in group],

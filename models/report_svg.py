@@ -1,7 +1,7 @@
 """Matplotlib figures as SVG that stands inside an HTML page: the same bytes for the same numbers.
 
-Text stays text, and colours are CSS variables of the page (`variables`), so that one plot reads
-well on light and on dark paper. Nothing in the markup names anything outside of the page.
+Text stays text, and colours are CSS variables of the page (`models.report_page.PALETTE`): one plot
+reads well on light and on dark paper. Nothing in the markup names anything outside of the page.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -19,27 +19,15 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-WIDTH_INCHES: Final = 9.2
-LABEL_LETTERS: Final = 26
+from models.report_page import PALETTE
 
-# role → colour on light and on dark paper. INT8 and FP32 differ for every kind of colour vision
-# (Okabe and Ito 2008, "Color Universal Design").
-PALETTE: Final[Mapping[str, tuple[str, str]]] = {
-    "ink": ("#1b1f24", "#e6e9ed"),
-    "soft": ("#66707c", "#9aa4b0"),
-    "rule": ("#d5dae0", "#3a424c"),
-    "int8": ("#c4510a", "#ff9a4d"),
-    "fp32": ("#0b67a8", "#62b2f0"),
-    "past": ("#8d99a6", "#76828f"),
-    "live": ("#0b8a63", "#3fd0a0"),
-    "bad": ("#b3261e", "#ff8a80"),
-}
+WIDTH_INCHES: Final = 9.2
+
 _ROLES: Final = tuple(PALETTE)
 # Each role is drawn in a colour that nothing else has, which `_page_colours` turns into a variable.
 DRAWN: Final = {role: f"#0000{number + 16:02x}" for number, role in enumerate(_ROLES)}
 _DRAWN_COLOUR: Final = re.compile(r"#0000([0-9a-f]{2})\b")
 _REFERENCE: Final = re.compile(r"url\(#([^)]+)\)")
-_UNPRINTABLE: Final = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd]")
 _RC: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "octick",
@@ -63,25 +51,6 @@ _RC: Final[dict[Any, Any]] = {
     "xtick.labelcolor": DRAWN["ink"],
     "ytick.labelcolor": DRAWN["ink"],
 }
-
-
-def variables(dark: bool) -> str:
-    """The palette as CSS declarations."""
-    return " ".join(f"--{role}: {pair[dark]};" for role, pair in PALETTE.items())
-
-
-def printable(text: object) -> str:
-    """Text without characters that HTML and XML cannot hold."""
-    return _UNPRINTABLE.sub("\ufffd", str(text))
-
-
-def shortened(text: object, letters: int = LABEL_LETTERS) -> str:
-    """A label on one line; the middle of a long one goes, for ends tell more."""
-    line = " ".join(printable(text).split())
-    if len(line) <= letters:
-        return line
-    head = (letters - 1) // 2
-    return line[:head] + "…" + line[len(line) - (letters - 1 - head) :]
 
 
 def colour(precision: str) -> str:

@@ -93,7 +93,8 @@ def point_for(
         steps = max(high / (UINT8_MAX - INPUT_ZERO_POINT), -low / INPUT_ZERO_POINT)
         return Point(_by_rule(steps, rule), INPUT_ZERO_POINT)
     scale = _by_rule((high - low) / UINT8_MAX, rule)
-    return Point(scale, int(np.clip(np.rint(-low / scale), 0, UINT8_MAX)))
+    # Even: ONNX Runtime's fused Add and Mul round ties with the zero point inside.
+    return Point(scale, int(np.clip(2.0 * np.rint(-low / scale / 2.0), 0, UINT8_MAX - 1)))
 
 
 def _by_rule(scale: float, rule: Rule) -> float:

@@ -3,9 +3,9 @@
 `Evaluator` is the one judge of every searcher. Of its two objectives, both to be made small, the
 first is deterministic: the share of validation rows to which the quantised graph gives another
 class than the FP32 graph. The second is measured: the p99 of one step in ONNX Runtime over that of
-the FP32 graph, timed in turn with it, the median over several rounds, in steps of a hundredth. A
-busy host slows both graphs down, so the ratio keeps still where microseconds do not; still, two
-evaluations of one choice may differ in it.
+the FP32 graph, timed in turn with it: the median over many short rounds, in steps of a hundredth. A
+busy host slows both graphs down and spoils single rounds, so this ratio keeps still where
+microseconds do not; even so two evaluators may differ in it, by about its `Measured.ratio_error`.
 
 `TrialLog` keeps what was evaluated, one line of JSON a trial.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
@@ -39,8 +39,10 @@ from models.step_session import StepSession
 CALIBRATION_ROWS: Final = 10_000
 VALIDATION_ROWS: Final = 4_096
 LATENCY_RUNS: Final = 5_000  # of each graph, in all rounds together
-LATENCY_ROUNDS: Final = 5
+LATENCY_ROUNDS: Final = 25  # short ones: what interrupts one has no say in the median
 TIMED_ROWS: Final = 512
+MORE_ROUNDS: Final = 4  # times as many, until the ratio is known to `RATIO_ERROR`
+RATIO_ERROR: Final = 0.02
 RATIO_DECIMALS: Final = 2
 REFUSED: Final = (1.0, 10.0)  # objectives of what cannot be quantised
 
@@ -59,8 +61,8 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latency_ratio : float
         p99 of a step over that of FP32 in the same round, median over the rounds. Second
         objective.
-    ratio_spread : float
-        Its range over the rounds: how far it can be trusted.
+    ratio_error : float
+        Its standard error, from the rounds: how far it can be trusted.
     p50_us, p99_us, p50_us_fp32, p99_us_fp32 : float
         Of one step, medians over the rounds.
     bytes : int
@@ -74,7 +76,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disagreement: float
     divergence: float
     latency_ratio: float
-    ratio_spread: float = 0.0
+    ratio_error: float = 0.0
     p50_us: float = 0.0
     p99_us: float = 0.0
     p50_us_fp32: float = 0.0
@@ -109,6 +111,10 @@ class Judge(Protocol):
         """Objectives of a choice; equal choices are measured once."""
         ...
 
+    def remember(self, choice: Choice, measured: Measured) -> None:
+        """Take a measurement from a log, unless the choice has one."""
+        ...
+
 
 class Evaluator:
     """Post-training quantisation of one network, measured against its FP32 graph.
@@ -130,7 +136,8 @@ class Evaluator:
     validation_rows : int
         Rows that are compared with FP32, at most.
     latency_runs, rounds : int
-        Timed runs of each graph in all rounds together, and rounds.
+        Timed runs of each graph in all rounds together, and rounds. On a busy host there are more
+        rounds, up to `MORE_ROUNDS` times as many.
 
     Attributes
     ----------
@@ -211,6 +218,10 @@ class Evaluator:
         self._known[key] = measured
         return measured
 
+    def remember(self, choice: Choice, measured: Measured) -> None:
+        """Take a measurement from a log, unless the choice has one; nothing is counted."""
+        self._known.setdefault(self.space.indices(choice), measured)
+
     def graph(self, choice: Choice) -> tuple[onnx.ModelProto, tuple[StateTensor, ...]]:
         """The quantised step graph of a choice, and its state.
 
@@ -248,18 +259,13 @@ class Evaluator:
     def _measure(self, session: StepSession, size: int, begin: float) -> Measured:
         _, scores = part_scores(session, self._data, VALIDATION, self._validation_rows)
         other = scores.argmax(axis=1) != self._reference.argmax(axis=1)
-        timed = np.empty((self._rounds, 2, 2))  # round, (graph, FP32), (p50, p99)
-        sessions = (session, self._float)
-        for turn in range(self._rounds):
-            for which in (0, 1) if turn % 2 else (1, 0):
-                timed[turn, which] = sessions[which].latency(self._timed, self._runs)
-        ratios = timed[:, 0, 1] / timed[:, 1, 1]
+        timed, ratio, error = self._time(session)
         middle = np.round(np.median(timed, axis=0), 3)
         return Measured(
             disagreement=float(other.mean()),
             divergence=divergence(self._reference, scores),
-            latency_ratio=round(float(np.median(ratios)), RATIO_DECIMALS),
-            ratio_spread=round(float(np.ptp(ratios)), RATIO_DECIMALS),
+            latency_ratio=round(ratio, RATIO_DECIMALS),
+            ratio_error=round(error, 4),
             p50_us=float(middle[0, 0]),
             p99_us=float(middle[0, 1]),
             p50_us_fp32=float(middle[1, 0]),
@@ -267,6 +273,31 @@ class Evaluator:
             bytes=size,
             seconds=round(time.perf_counter() - begin, 4),
         )
+
+    def _time(self, session: StepSession) -> tuple[np.ndarray, float, float]:
+        """Microseconds of round, graph and FP32, p50 and p99; their ratio and its error."""
+        sessions = (session, self._float)
+        rounds: list[list[tuple[float, float]]] = []
+        ratio, error = 0.0, float("inf")
+        while len(rounds) < self._rounds or (
+            error > RATIO_ERROR and len(rounds) < MORE_ROUNDS * self._rounds
+        ):
+            pair = [(0.0, 0.0), (0.0, 0.0)]
+            for which in (0, 1) if len(rounds) % 2 else (1, 0):
+                pair[which] = sessions[which].latency(self._timed, self._runs)
+            rounds.append(pair)
+            ratio, error = median_and_error([mine[1] / its[1] for mine, its in rounds])
+        return np.array(rounds), ratio, error
+
+
+def median_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Median and its standard error, as for normal values with this interquartile range.
+
+    The error of the median is ``sqrt(pi / 2) s / sqrt(n)``, and ``s`` is the range over 1.349.
+    """
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    deviation = (high - low) / 1.349
+    return float(middle), float(deviation * (np.pi / 2 / len(values)) ** 0.5)
 
 
 def under_rule(observer: Observer, rule: Rule) -> Observer:
@@ -366,32 +397,21 @@ class TrialLog:
                 found=str(error),
                 fix="start without resuming",
             ) from None
-        whole = lines[:-1]
-        finished = []
+        whole, finished = lines[:-1], []
         for number, line in enumerate(whole, 1):
-            kind: Callable[[bytes], Any] = _read_header if number == 1 else _read_trial
             try:
-                item = kind(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                if number == 1:
+                    _check_header(path, msgspec.json.decode(line, type=Header), header)
+                else:
+                    finished.append(msgspec.json.decode(line, type=Trial))
+            except msgspec.MsgspecError as error:
                 raise InputError(
                     "damaged log of a search",
                     where=f"{path}:{number}",
-                    expected="a line of JSON",
+                    expected="a line of JSON as a search writes it",
                     found=str(error),
                     fix="start anew with another file",
                 ) from None
-            if number > 1:
-                finished.append(item)
-                continue
-            for name in Header.__struct_fields__:
-                if getattr(item, name) != getattr(header, name):
-                    raise InputError(
-                        f"the log belongs to a search with another {name}",
-                        where=f"{path}:1",
-                        expected=str(getattr(header, name)),
-                        found=str(getattr(item, name)),
-                        fix="start anew with another file",
-                    )
         file = _open(path, "r+b")
         file.truncate(sum(len(line) + 1 for line in whole))
         file.seek(0, os.SEEK_END)
@@ -401,7 +421,7 @@ class TrialLog:
         return log
 
     def append(self, trial: Trial) -> None:
-        """Write a trial."""
+        """Write a trial; it is on disk when this returns."""
         self._write(trial)
 
     def close(self) -> None:
@@ -426,9 +446,13 @@ def _open(path: Path, mode: str) -> Any:
         ) from None
 
 
-def _read_header(line: bytes) -> Header:
-    return msgspec.json.decode(line, type=Header)
-
-
-def _read_trial(line: bytes) -> Trial:
-    return msgspec.json.decode(line, type=Trial)
+def _check_header(path: Path, found: Header, wanted: Header) -> None:
+    for name in Header.__struct_fields__:
+        if getattr(found, name) != getattr(wanted, name):
+            raise InputError(
+                f"the log belongs to a search with another {name}",
+                where=f"{path}:1",
+                expected=str(getattr(wanted, name)),
+                found=str(getattr(found, name)),
+                fix="start anew with another file",
+            )

@@ -1,20 +1,23 @@
-"""What the automatic search decides: one `Choice` of a precision for each layer, and of the scales.
+"""What the automatic search decides, and who walks that space.
 
 A choice is written three ways: as `Choice`, whose names a person reads; as one index for each
-`Decision`, which is what searchers think in; and as `models.quantisation.Options`, which
+`Decision`, which is what a `Searcher` thinks in; and as `models.quantisation.Options`, which
 ``octick model quantize`` takes. `SearchSpace` turns each into the others.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
+import numpy as np
 
 from feeds.errors import InputError
+from models.metrics import softmax
 from models.observers import OBSERVERS
 from models.operations import Spec
 from models.quantisation import Options
@@ -23,6 +26,7 @@ from models.shapes import describe
 
 Precision = Literal["int8", "fp32", "fp16"]
 Indices = tuple[int, ...]
+Point = tuple[float, float]  # both objectives, to be made small
 LAYER_PRECISIONS: Final[tuple[Precision, ...]] = ("int8", "fp32", "fp16")
 SENSITIVE_PRECISIONS: Final[tuple[Precision, ...]] = ("int8", "fp32")
 PRECISION: Final = "precision."  # before the name of a layer or operation
@@ -32,6 +36,11 @@ WEIGHT_SCALES: Final = "weight-scales"
 ZERO_POINTS: Final = "zero-points"
 WEIGHT_SCALE_OPTIONS: Final = ("per-channel", "per-tensor")
 ZERO_POINT_OPTIONS: Final = ("symmetric", "asymmetric")
+MAX_DRAWS: Final = 1_000  # before the space is gone through one by one
+POLICY_RATE: Final = 1.0
+BASELINE_RATE: Final = 0.1
+ENTROPY_BONUS: Final = 0.02
+AUGMENTATION: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,18 @@ class SearchSpace:
     def default(self) -> Indices:
         """What ``octick model quantize`` does when it is told nothing."""
         return self.indices(self.choice_of(Options()))
+
+    def draw(self, rng: np.random.Generator) -> Indices:
+        """Any choice, all of them as likely as the others."""
+        return tuple(int(rng.integers(width)) for width in self.widths)
+
+    def unknown(self, known: Container[Indices], rng: np.random.Generator) -> Indices:
+        """Any choice that is not among the known; there must be one."""
+        for _ in range(MAX_DRAWS):
+            drawn = self.draw(rng)
+            if drawn not in known:
+                return drawn
+        return next(i for i in itertools.product(*map(range, self.widths)) if i not in known)
 
     def named(self, indices: Sequence[int]) -> dict[str, str]:
         """Option by name of the decision."""
@@ -232,3 +253,136 @@ class SearchSpace:
 def kept_of(choice: Choice) -> dict[str, Kept]:
     """Layers and operations that stay in floating point."""
     return {name: value for name, value in choice.precision.items() if value != "int8"}
+
+
+class Searcher(Protocol):
+    """Something that proposes choices and learns what they were worth."""
+
+    def propose(self, forced: Indices | None) -> Indices:
+        """The next choice; ``forced`` where that is not the searcher's to decide."""
+        ...
+
+    def learn(self, objectives: Point) -> None:
+        """What the last proposal gave, both to be made small."""
+        ...
+
+
+class RandomSearcher:
+    """Every option of every decision is as likely as the others."""
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space = space
+        self._rng = np.random.default_rng((seed, 0))
+
+    def propose(self, forced: Indices | None) -> Indices:
+        drawn = self._space.draw(self._rng)
+        return drawn if forced is None else forced
+
+    def learn(self, objectives: Point) -> None:
+        pass
+
+
+class OptunaSearcher:
+    """Optuna's TPE sampler over both objectives, in memory.
+
+    Sources: Bergstra et al. (2011), "Algorithms for Hyper-Parameter Optimization"; Ozaki et al.
+    (2022), "Multiobjective Tree-Structured Parzen Estimator".
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise InputError(
+                'the extra "models" is not installed',
+                where="octick model tune",
+                expected="optuna",
+                found=str(error),
+                fix="pip install 'octick[models]', or search with another searcher",
+            ) from None
+        self._space = space
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._study = optuna.create_study(
+            directions=["minimize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed)
+        )
+        self._trial: Any = None
+
+    def propose(self, forced: Indices | None) -> Indices:
+        if forced is not None:
+            self._study.enqueue_trial(self._space.named(forced))
+        self._trial = self._study.ask()
+        return tuple(
+            decision.options.index(self._trial.suggest_categorical(decision.name, decision.options))
+            for decision in self._space.decisions
+        )
+
+    def learn(self, objectives: Point) -> None:
+        self._study.tell(self._trial, objectives)
+
+
+class ReinforceSearcher:
+    """An agent that learns a distribution over choices by policy gradient.
+
+    The policy is one softmax for each decision, independent of each other given a leaning: a
+    number from -1 (agreement alone counts) to 1 (latency alone counts) that is drawn anew for each
+    episode, so that one policy spans the front. Logits and baseline are linear in it. An episode
+    is one choice; its reward is the negative augmented Chebyshev norm (Knowles 2006, "ParEGO") of
+    the choice's ranks among all seen so far, weighted by the leaning: ranks know no scale, so
+    neither objective has to be put into the units of the other. The baseline follows the reward,
+    and a bonus on the entropy keeps the policy from settling early.
+
+    Source: Williams (1992), "Simple Statistical Gradient-Following Algorithms for Connectionist
+    Reinforcement Learning", REINFORCE.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._rng = np.random.default_rng((seed, 2))
+        self._logits = [np.zeros((width, 2)) for width in space.widths]
+        self._baseline = np.zeros(2)
+        self._seen: dict[Indices, Point] = {}
+        self._features = np.zeros(2)
+        self._picked: Indices = ()
+        self._own = False
+
+    def policy(self, leaning: float) -> list[np.ndarray]:
+        """Probability of each option of each decision under a leaning."""
+        features = np.array([1.0, leaning])
+        return [softmax((logits @ features)[None])[0] for logits in self._logits]
+
+    def propose(self, forced: Indices | None) -> Indices:
+        leaning = self._rng.uniform(-1.0, 1.0)
+        self._features = np.array([1.0, leaning])
+        drawn = tuple(int(self._rng.choice(len(p), p=p)) for p in self.policy(leaning))
+        self._own = forced is None
+        self._picked = drawn if forced is None else forced
+        return self._picked
+
+    def learn(self, objectives: Point) -> None:
+        self._seen[self._picked] = objectives
+        if not self._own:  # the policy did not choose it
+            return
+        leaning = float(self._features[1])
+        advantage = self._reward(objectives, leaning) - self._baseline @ self._features
+        self._baseline += BASELINE_RATE * advantage * self._features
+        policy = self.policy(leaning)
+        for logits, p, index in zip(self._logits, policy, self._picked, strict=True):
+            surprise = np.log(p + 1e-12)
+            towards = -p
+            towards[index] += 1.0  # gradient of log p[index]
+            wider = -p * (surprise - p @ surprise)  # gradient of the entropy
+            step = POLICY_RATE * (advantage * towards + ENTROPY_BONUS * wider)
+            logits += step[:, None] * self._features
+
+    def _reward(self, objectives: Point, leaning: float) -> float:
+        seen = np.array(list(self._seen.values()))
+        mine = np.array(objectives)
+        rank = (seen < mine).mean(axis=0) + 0.5 * (seen == mine).mean(axis=0)
+        weighted = np.array([1.0 - leaning, 1.0 + leaning]) / 2.0 * rank
+        return -float(weighted.max() + AUGMENTATION * weighted.sum())
+
+
+SEARCHERS: Final[Mapping[str, Callable[[SearchSpace, int], Searcher]]] = {
+    "random": RandomSearcher,
+    "optuna": OptunaSearcher,
+    "reinforce": ReinforceSearcher,
+}

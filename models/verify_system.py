@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -16,9 +17,10 @@ from engine.digest import Digest
 from engine.pipeline import Pipeline
 from engine.signals import AT_BEST_ASK, AT_BEST_BID, AT_OUTPUTS
 from feeds.errors import InputError
+from feeds.simulator import Simulator
 from feeds.tape import InstrumentMeta
-from feeds.tape_reader import Chunk
-from models.labels import CLASSES, balancing_threshold, classify, smoothed_move
+from feeds.tape_reader import Chunk, TapeReader
+from models.labels import CLASSES, classify, smoothed_move
 from models.step_session import StepSession
 from models.verify import Checks
 
@@ -27,6 +29,9 @@ MIN_SIGNALS: Final = 100
 MAX_SIGNALS: Final = 200_000
 LATENCY_RUNS: Final = 2_000
 SCORED_ROWS: Final = 2_000
+SIMULATED_MESSAGES: Final = 60_000
+SIMULATED_SEED: Final = 2_026
+SIMULATED_INSTRUMENTS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,6 @@ def run_pipeline(
     instruments: Iterable[InstrumentMeta],
     *,
     threads: int = 1,
-    stop: Callable[[], bool] = lambda: False,
 ) -> Session:
     """Run daemon's and replay's own pipeline over tape records with a bundle."""
     config: Config = msgspec.structs.replace(
@@ -88,7 +92,7 @@ def run_pipeline(
             slots.append(slot)
             if slot == slots[0] and len(inputs) < SCORED_ROWS:
                 inputs.append(pipeline.x[0].copy())
-        if len(scores) >= MAX_SIGNALS or stop():
+        if len(scores) >= MAX_SIGNALS:
             break
     backend.close()
     return Session(
@@ -101,46 +105,63 @@ def run_pipeline(
     )
 
 
+class TapeSource:
+    """A tape that can be read from its start again; a simulated session where none is named.
+
+    Parameters
+    ----------
+    path : Path or None
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        market = Simulator(seed=SIMULATED_SEED, n_instruments=SIMULATED_INSTRUMENTS)
+        self.instruments = market.instruments if path is None else TapeReader(path).meta.instruments
+
+    def chunks(self) -> Iterable[Chunk]:
+        """The records, from the first."""
+        if self._path is not None:
+            return TapeReader(self._path).chunks()
+        market = Simulator(seed=SIMULATED_SEED, n_instruments=SIMULATED_INSTRUMENTS)
+        return market.chunks(SIMULATED_MESSAGES)
+
+
+def recorded_rows(bundle: Bundle, tape: TapeSource) -> np.ndarray:
+    """Model inputs of one instrument as the pipeline makes them, float32 of shape (n, features).
+
+    Raises
+    ------
+    InputError
+        If the tape has too few tradable signals.
+    """
+    session = run_pipeline(bundle, "int8", tape.chunks(), tape.instruments)
+    if len(session.inputs) < MIN_SIGNALS:
+        raise InputError(
+            "too few tradable signals to verify with",
+            where="the tape",
+            expected=f"at least {MIN_SIGNALS} of one instrument",
+            found=str(len(session.inputs)),
+            fix="take a longer tape",
+        )
+    return session.inputs
+
+
 def _int64(block: np.ndarray, at: int) -> np.int64:
     value: np.int64 = block[at : at + 8].copy().view(np.int64)[0]
     return value
 
 
-def system_level(
-    bundle: Bundle,
-    chunks: Callable[[], Iterable[Chunk]],
-    instruments: Iterable[InstrumentMeta],
-    checks: Checks,
-) -> dict[str, Any]:
+def system_level(bundle: Bundle, tape: TapeSource, checks: Checks) -> dict[str, Any]:
     """Run the third level.
-
-    Parameters
-    ----------
-    chunks : callable
-        Gives the tape from its start, each time it is called.
 
     Returns
     -------
     dict
         Signals, digests, agreement, accuracy of both precisions, latency.
-
-    Raises
-    ------
-    InputError
-        If the tape has too few tradable signals to say anything.
     """
-    instruments = list(instruments)
-    int8 = run_pipeline(bundle, "int8", chunks(), instruments)
-    again = run_pipeline(bundle, "int8", chunks(), instruments, threads=2)
-    fp32 = run_pipeline(bundle, "fp32", chunks(), instruments)
-    if len(int8.scores) < MIN_SIGNALS:
-        raise InputError(
-            "too few tradable signals to verify with",
-            where="the tape",
-            expected=f"at least {MIN_SIGNALS}",
-            found=str(len(int8.scores)),
-            fix="take a longer tape",
-        )
+    int8 = run_pipeline(bundle, "int8", tape.chunks(), tape.instruments)
+    again = run_pipeline(bundle, "int8", tape.chunks(), tape.instruments, threads=2)
+    fp32 = run_pipeline(bundle, "fp32", tape.chunks(), tape.instruments)
     same = int8.digest == again.digest
     if bundle.numerics == "exact-int8":
         detail = "0 if one and two threads give one digest"
@@ -184,5 +205,4 @@ def _accuracies(bundle: Bundle, sessions: dict[str, Session]) -> dict[str, Any]:
         truth = classify(move, threshold)
         found[f"{precision}_accuracy"] = round(float((predicted == truth).mean()), 6)
         found["majority_accuracy"] = round(float(np.bincount(truth).max() / len(truth)), 6)
-        found["balancing_threshold"] = balancing_threshold(move) / horizon
     return found

@@ -145,10 +145,9 @@ class IntegerReference:
     def _evaluate(self, x: np.ndarray, state: Mapping[str, np.ndarray] | None) -> dict[str, Value]:
         first, *rest = self._graph.inputs
         rows = -1 if self._row_wise else first.shape[0]
+        assert x.shape[-1:] == first.shape[-1:], f"{x.shape} for rows of {first.shape[-1]}"
         values = dict(self._constants)
-        values[first.name] = _input(
-            first, np.asarray(x).reshape(rows, *first.shape[1:]), self._graph.where
-        )
+        values[first.name] = _input(first, x.reshape(rows, *first.shape[1:]), self._graph.where)
         given = self.fresh_state() if state is None else state
         for end in rest:
             array = given[end.name]

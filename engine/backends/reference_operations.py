@@ -134,9 +134,10 @@ def gemm(node: Node, inputs: Inputs) -> list[Value]:
 
 def gemm_inputs(node: Node, inputs: Inputs) -> tuple[Dyadic, Dyadic, Dyadic | None]:
     """The operands of a Gemm, the second turned: (n, k), (k, m), and (m,) or such."""
-    found = tuple(node.attributes.get(name, 1) for name in ("alpha", "beta", "transB"))
-    if found != (1, 1, 1) or node.attributes.get("transA", 0):
-        node.refuse("another Gemm", expected="transB=1, transA=0, alpha=beta=1", found=found)
+    defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    found = tuple(node.attributes.get(name, default) for name, default in defaults.items())
+    if found != (1.0, 1.0, 0, 1):
+        node.refuse("another Gemm", expected="alpha=beta=1, transA=0, transB=1", found=found)
     a, b, c = (*inputs, None)[:3]
     left, right = real(node, a), real(node, b)
     if left.m.ndim != 2 or right.m.ndim != 2 or left.shape[1] != right.shape[1]:

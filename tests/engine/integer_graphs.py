@@ -43,8 +43,8 @@ class GraphBuilder:
         return name
 
     def node(self, op: str, inputs: list[str], name: str = "", out: str = "", **kw: Any) -> str:
-        """A node of one output, which it returns; its own name is the output's if none is given."""
-        out = out or f"{op.lower()}{len(self.nodes)}"
+        """A node of one output, which it returns; where one name is given, both have it."""
+        out = out or name or f"{op.lower()}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, [out], name=name or out, **kw))
         return out
 
@@ -110,7 +110,7 @@ class GraphBuilder:
         return self.node("Gemm", inputs, name, out, transB=1)
 
     def model(self, metadata: dict[str, str] | None = None) -> bytes:
-        """The checked model's bytes."""
+        """The checked model's bytes, with its scores and its state as outputs."""
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, self.n_classes])
         graph = helper.make_graph(
             self.nodes, "test", self.inputs, [logits, *self.outputs], self.constants
@@ -119,6 +119,15 @@ class GraphBuilder:
         helper.set_model_props(model, metadata or {})
         onnx.checker.check_model(model, full_check=True)
         return bytes(model.SerializeToString(deterministic=True))
+
+    def with_output(self, name: str) -> bytes:
+        """The checked model's bytes, with this one output of whatever type and shape it has."""
+        info = helper.make_empty_tensor_value_info(name)
+        graph = helper.make_graph(self.nodes, "test", self.inputs, [info], self.constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        onnx.checker.check_model(model)
+        return bytes(model.SerializeToString())
 
 
 def dense(
@@ -225,16 +234,16 @@ def delays_and_cells(
     g.node("Slice", [whole, *bounds], out="delay.next")
     q = g.node("Reshape", [whole, g.constant([1, 4 * n_features], np.int64)])
     taps = g.dense(rng, q, (X_EXPONENT, X_ZERO), (4 * n_features, 2 * width), name="taps")
-    gate, new = g.split(g.quantise(taps, 1, 128), [width, width])
+    gate, new = g.split(g.quantise(taps, -4, 128), [width, width])
     cell = g.remember("cell", "float32", (1, width), 0.0)
     kept = g.node("Mul", [g.dequantise(gate, -8, 0), cell], "kept")
     # In halves of a step: a closed gate makes ties, an open one fills the cell to its limits.
     added = g.node("Mul", [g.dequantise(new, 4, 128), g.constant(17 / 32)], "added")
     rounded = g.node("Round", [g.node("Add", [kept, added], "cell.sum")], "cell.rounded")
-    limits = [g.constant(v) for v in (-32767.0, 32767.0)]
+    limits = [g.constant(v) for v in (-2047.0, 2047.0)]
     cell = g.node("Clip", [rounded, *limits], "cell.clip", "cell.next")
-    q = g.quantise(cell, 7, 128)
-    g.dense(rng, q, (7, 128), (width, n_classes), name="head", out="logits")
+    q = g.quantise(cell, 4, 128)
+    g.dense(rng, q, (4, 128), (width, n_classes), name="head", out="logits")
     return g
 
 

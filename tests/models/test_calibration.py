@@ -47,7 +47,7 @@ def test_rows_that_vary_in_one_feature_will_do() -> None:
 
 @pytest.mark.parametrize("shape", [(0, N_FEATURES), (0, 0), (4, 0)])
 def test_an_empty_set_is_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match="x.npz: empty calibration set") as error:
+    with pytest.raises(InputError, match=r"x\.npz: empty calibration set") as error:
         check_rows(np.empty(shape), "x.npz")
     assert "--rows" in error.value.fix
 
@@ -55,7 +55,7 @@ def test_an_empty_set_is_refused(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("n", [1, 500])
 def test_a_set_in_which_every_feature_is_constant_is_refused(n: int) -> None:
     rows = np.tile(normal_rows(0, 1, N_FEATURES), (n, 1))
-    with pytest.raises(InputError, match="x.npz: constant calibration set"):
+    with pytest.raises(InputError, match=r"x\.npz: constant calibration set"):
         check_rows(rows, "x.npz")
 
 

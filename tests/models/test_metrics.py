@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feeds.errors import InputError
-from models import metrics
 from models.metrics import (
     CALIBRATION_BINS,
     CURVE_POINTS,
@@ -20,7 +19,6 @@ from models.metrics import (
     evaluate,
     follow,
     log_softmax,
-    logistic_baseline,
     pearson,
     positions,
     ranks,
@@ -169,7 +167,7 @@ def test_the_information_coefficient_is_of_up_less_down_and_the_move() -> None:
     found = evaluate(scores, truth, moves=moves)
     assert found.information_coefficient == pytest.approx(spearman(lean, moves), abs=1e-6)
     assert found.correlation == pytest.approx(pearson(lean, moves), abs=1e-6)
-    assert found.information_coefficient > 0.3
+    assert spearman(lean, moves) > 0.3
     assert evaluate(scores, truth).information_coefficient is None
 
 
@@ -218,7 +216,10 @@ def test_following_is_what_a_plain_loop_makes(seed: int, n: int, n_slots: int, t
     time_ns = np.arange(n) * 10**9
     found = follow(scores, mids, costs, slot, time_ns=time_ns if timed else None, threshold=0.4)
     gross = cost = net = height = drawdown = 0.0
-    held, mid, results, hits, moved, trades = {}, {}, [], 0, 0, 0
+    hits = moved = trades = 0
+    held: dict[int, int] = {}
+    mid: dict[int, int] = {}
+    results: list[float] = []
     wanted = positions(scores, 0.4)
     for i in range(n):
         s = int(slot[i])
@@ -252,15 +253,13 @@ def test_the_rows_of_instruments_may_stand_one_after_another() -> None:
     rng = np.random.default_rng(6)
     n = 400
     scores, _ = drawn(6, n)
-    columns = {
-        "mid_half_ticks": 1_000 + np.cumsum(rng.integers(-4, 5, n)),
-        "cost_half_ticks": rng.integers(1, 5, n),
-        "slot": rng.integers(0, 3, n),
-        "time_ns": np.arange(n) * 10**9,
-    }
-    order = np.argsort(columns["slot"], kind="stable")
-    mixed = follow(scores, **columns)
-    sorted_by_slot = follow(scores[order], **{k: v[order] for k, v in columns.items()})
+    mids, costs = 1_000 + np.cumsum(rng.integers(-4, 5, n)), rng.integers(1, 5, n)
+    slot, time_ns = rng.integers(0, 3, n), np.arange(n) * 10**9
+    order = np.argsort(slot, kind="stable")
+    mixed = follow(scores, mids, costs, slot, time_ns=time_ns)
+    sorted_by_slot = follow(
+        scores[order], mids[order], costs[order], slot[order], time_ns=time_ns[order]
+    )
     assert mixed == sorted_by_slot
 
 
@@ -318,55 +317,3 @@ def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
 def test_no_rows_cannot_be_measured() -> None:
     with pytest.raises(InputError, match="0 rows"):
         evaluate(np.empty((0, 3)), np.empty(0, dtype=np.int64))
-
-
-# The linear baseline
-
-
-def linear_data(seed: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of different scales, one of them constant, and classes that depend on them."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 6)) * [1.0, 10.0, 0.01, 1.0, 1.0, 0.0] + [0.0, 50.0, 0.0, 0.0, 0.0, 7.0]
-    weight = rng.normal(size=(6, CLASSES)) / [[1.0], [10.0], [0.01], [1.0], [1.0], [1.0]]
-    logits = (x - x.mean(axis=0)) @ weight
-    truth = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
-    return x, truth, softmax(logits)
-
-
-def test_the_baseline_finds_the_probabilities_that_made_linear_data() -> None:
-    x, truth, p = linear_data(0, 20_000)
-    found = softmax(logistic_baseline(x[:15_000], truth[:15_000], x[15_000:], 0))
-    assert np.abs(found - p[15_000:]).mean() < 0.01
-
-
-def test_the_baseline_ends_where_the_gradient_vanishes() -> None:
-    x, truth, _ = linear_data(1, 2_000)
-    scores = logistic_baseline(x, truth, x, 0)
-    wrong = softmax(scores) - np.eye(CLASSES)[truth]
-    standard = (x - x.mean(axis=0))[:, :5] / x.std(axis=0)[:5]
-    # All that is left is what the penalty holds against it.
-    assert np.abs(standard.T @ wrong / len(x)).max() < 10 * metrics.BASELINE_L2
-
-
-@pytest.mark.parametrize("seen", [[0, 2], [1]])
-def test_classes_that_never_occur_are_not_named(seen: list[int]) -> None:
-    rng = np.random.default_rng(2)
-    truth = rng.choice(seen, 500)
-    x = rng.normal(size=(500, 4)) + truth[:, None]
-    scores = logistic_baseline(x, truth, x, 0)
-    assert scores.shape == (500, CLASSES)
-    assert set(scores.argmax(axis=1)) <= set(seen)
-
-
-def test_separable_classes_do_not_run_away() -> None:
-    truth = np.arange(300) % 3
-    scores = logistic_baseline(truth[:, None] * 1.0, truth, np.array([[0.0], [1.0], [2.0]]), 0)
-    assert scores.argmax(axis=1).tolist() == [0, 1, 2]
-    assert np.abs(scores).max() < 1e3
-
-
-def test_of_many_rows_the_seed_draws_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "BASELINE_ROWS", 500)
-    x, truth, _ = linear_data(3, 3_000)
-    first, again, other = (logistic_baseline(x, truth, x[:50], seed) for seed in (1, 1, 2))
-    assert first.tobytes() == again.tobytes() != other.tobytes()
