@@ -57,6 +57,8 @@ _COMMANDS: Final[dict[str, Any]] = {
     },
     "bench": {
         "": "Measure; every figure in the README comes from here.",
+        "calibration": ("benchmarks.cli", "calibration", "How many calibration rows are enough."),
+        "crossover": ("benchmarks.cli", "crossover", "From which size on INT8 beats FP32."),
         "convert": ("benchmarks.cli", "convert", "Raw lines a second of the converter."),
         "memory": ("benchmarks.cli", "memory", "Resident memory over a long replay."),
         "replay": ("benchmarks.cli", "replay", "Book levels, messages and signals a second."),

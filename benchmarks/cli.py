@@ -140,3 +140,46 @@ def compile_kernels() -> None:
             status.update(f"compiling {module}")
             importlib.import_module(module)
     click.echo(f"compiled in {time.monotonic() - started:.1f} s", err=True)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--observer", default="percentile-99.99", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def calibration(run: Path, observer: str, as_json: bool) -> None:
+    """Calibrate the network of a training RUN on 1,000, 10,000 and 100,000 rows.
+
+    Peak memory, accuracy, agreement with FP32, and how far PyTorch and ONNX Runtime differ, with
+    symmetric and asymmetric zero points.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.quantisation import bench_calibration, show_rows
+
+    with Console(stderr=True).status("calibrating") as status:
+        result = bench_calibration(run, observer, progress=status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show_rows(str(run), result.rows)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def crossover(as_json: bool) -> None:
+    """From how many parameters on INT8 is faster than FP32 in ONNX Runtime on this machine."""
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.quantisation import bench_crossover, show_rows
+
+    with Console(stderr=True).status("measuring") as status:
+        result = bench_crossover(progress=status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+        return
+    show_rows("one step of an MLP", result.rows)
+    at = result.crossover_parameters
+    click.echo("INT8 is not faster at any size" if at is None else f"INT8 is faster from {at:,} on")
+    click.echo(f"jitter: {result.jitter}")

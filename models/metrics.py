@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 
 from feeds.errors import InputError
-from models.labels import CLASSES
 
 CALIBRATION_BINS: Final = 15
 CURVE_POINTS: Final = 500

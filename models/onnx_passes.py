@@ -15,7 +15,7 @@ import contextlib
 import logging
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,6 +63,18 @@ class Wiring:
         self.constants[name] = values
         self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
+
+    def add_node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """A node of one output at the end of the graph; returns the output's name."""
+        output = self.unique(output)
+        node = helper.make_node(op, inputs, [output], name=output, **attributes)
+        self.graph.node.append(node)
+        self.maker[output] = node
+        return output
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._names
 
     def unique(self, name: str) -> str:
         """A tensor name that nothing has yet."""
@@ -148,6 +160,19 @@ def _replace(field: Any, items: list[Any]) -> None:
     kept = [type(item).FromString(item.SerializeToString()) for item in items]
     del field[:]
     field.extend(kept)
+
+
+def renamed(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """The same graph under other tensor names."""
+    model = copy_of(model)
+    graph = model.graph
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for item in (*graph.initializer, *graph.input, *graph.output):
+        item.name = names.get(item.name, item.name)
+    del graph.value_info[:]
+    return model
 
 
 def without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -287,9 +312,7 @@ def _takes_fold(node: onnx.NodeProto, wires: Wiring, name: str) -> bool:
     return auto == b"VALID" or not any(attribute(node, "pads", ()))
 
 
-def _fold(
-    node: onnx.NodeProto, wires: Wiring, factor: np.ndarray, offset: np.ndarray
-) -> None:
+def _fold(node: onnx.NodeProto, wires: Wiring, factor: np.ndarray, offset: np.ndarray) -> None:
     """Multiply ``factor`` into a product's weight and add ``offset``'s image to its bias."""
     weight = wires.constants[node.input[1]].astype(np.float64)
     if node.op_type == "Gemm":
@@ -365,9 +388,7 @@ def with_matmuls(model: onnx.ModelProto) -> onnx.ModelProto:
             weight = wires.add_constant(f"{weight}.transposed", wires.constants[weight].T)
         has_bias = len(node.input) > 2 and bool(node.input[2])
         product = wires.unique(f"{node.output[0]}.product") if has_bias else node.output[0]
-        nodes.append(
-            helper.make_node("MatMul", [node.input[0], weight], [product], name=node.name)
-        )
+        nodes.append(helper.make_node("MatMul", [node.input[0], weight], [product], name=node.name))
         if has_bias:
             ends = [product, node.input[2]]
             nodes.append(helper.make_node("Add", ends, node.output, name=f"{node.name}.bias"))

@@ -200,9 +200,7 @@ def _chosen(
             continue
         weighted = node.input[1] in wires.constants
         if node.op_type != "MatMul":
-            weighted = weighted and all(
-                name in wires.constants for name in node.input[2:] if name
-            )
+            weighted = weighted and all(name in wires.constants for name in node.input[2:] if name)
             plain = attribute(node, "alpha", 1.0) == 1.0 == attribute(node, "beta", 1.0)
             weighted = weighted and plain
         if weighted or (products and node.op_type == "MatMul"):
@@ -258,7 +256,9 @@ def _observe(
     present = set(inputs) | wires.results
     for name in names:
         if name not in present:
-            watched.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+            watched.graph.output.append(
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            )
     session = ort.InferenceSession(
         watched.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
     )
@@ -269,7 +269,9 @@ def _observe(
     for count, feed in enumerate(feeds, start=1):
         _check_feed(inputs, feed, count, spans)
         answers = session.run(computed, dict(feed)) if computed else []
-        values = dict(zip(computed, answers, strict=True)) | {n: feed[n] for n in inputs if n in names}
+        values = dict(zip(computed, answers, strict=True)) | {
+            n: feed[n] for n in inputs if n in names
+        }
         for name, array in values.items():
             if not np.isfinite(array).all():
                 raise InputError(
@@ -430,9 +432,7 @@ def fused_nodes(model: onnx.ModelProto) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
     return dict(sorted(Counter(node.op_type for node in optimised.graph.node).items()))
 

@@ -23,7 +23,6 @@ from models.calibration import check_rows
 from models.execute import ObservingNumerics, SchemeNumerics, run, scores_of, tensors
 from models.metrics import softmax
 from models.observers import Observer, make_observer
-from models.onnx_quantise import quantise_dynamic, quantise_int4
 from models.operations import Spec
 from models.prune import pruned
 from models.quantised_graph import quantised_graph
@@ -264,6 +263,8 @@ def quantise(
         )
     fp32, fp32_state = float_graph(spec, parameters, named)
     if options.method in ("dynamic", "int4"):
+        from models.onnx_quantise import quantise_dynamic, quantise_int4
+
         make = quantise_dynamic if options.method == "dynamic" else quantise_int4
         progress(f"{options.method} quantisation", 0.0)
         return Quantised(

@@ -310,8 +310,8 @@ class SearchComparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def summary(self) -> list[dict[str, Any]]:
         """One row for each searcher: its final hypervolume over the seeds, and what it cost.
 
-        ``best_on`` counts the seeds on which no other searcher had more; ``seconds`` and
-        ``proposals`` are means.
+        ``best_on`` counts the seeds on which no other searcher had more; ``faster_than_fp32`` is
+        how many choices of a front are, at most; ``seconds`` and ``proposals`` are means.
         """
         best = {
             seed: max(result.hypervolume for result in self.results if result.seed == seed)
@@ -330,6 +330,10 @@ class SearchComparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     "greatest": max(volumes),
                     "best_on": sum(result.hypervolume >= best[result.seed] for result in of_one),
                     "front": float(np.median([len(result.front) for result in of_one])),
+                    "faster_than_fp32": max(
+                        sum(trial.measured.latency_ratio < 1.0 for trial in result.front)
+                        for result in of_one
+                    ),
                     "proposals": float(np.mean([result.proposals for result in of_one])),
                     "seconds": round(float(np.mean([result.seconds for result in of_one])), 2),
                 }
@@ -425,9 +429,12 @@ def plot_front(*results: SearchResult) -> bytes:
                 style,
                 color=colour,
                 alpha=0.35 if style == "." else 1.0,
-                drawstyle="steps-post",
+                drawstyle="steps-pre",
                 label=None if style == "." else name,
             )
+    axes.set_yscale("symlog", linthresh=1.0, linscale=2.0)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=-0.1)
     axes.set_xlabel("p99 of a step, times that of FP32")
     axes.set_ylabel("rows with another class than FP32, %")
     axes.grid(alpha=0.3)

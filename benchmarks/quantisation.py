@@ -1,0 +1,187 @@
+"""``octick bench calibration`` and ``octick bench crossover``: the field's claims, measured.
+
+How many calibration rows are enough, and whether they or symmetric zero points mend a difference
+between PyTorch and ONNX Runtime; and from how many parameters on INT8 is faster than FP32.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from benchmarks.provenance import ROOT, commit, machine, versions
+from engine.jitter import Jitter, measure_jitter
+
+CALIBRATION_ROWS: Final = (1_000, 10_000, 100_000)
+CROSSOVER_WIDTHS: Final = (16, 32, 64, 128, 256, 512, 1024, 2048)
+FEATURES: Final = 96
+LATENCY_ROUNDS: Final = 5
+JITTER_SECONDS: Final = 1.0
+# A process of its own for each: what counts is the greatest resident memory of one calibration.
+_CALIBRATE: Final = """
+import json, resource, sys
+from pathlib import Path
+from models.comparison import part_scores
+from models.execute import SchemeNumerics
+from models.quantisation import Options, quantise
+from models.runs import load_run
+from models.sequences import TEST
+from models.step_session import StepSession
+from models.execute import scores_of
+
+run_path, observer, symmetric, rows = sys.argv[1:]
+run = load_run(Path(run_path))
+options = Options(scales="free", observer=observer, symmetric=symmetric == "symmetric",
+                  rows=int(rows))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+twins = quantise(run.spec, run.parameters, run.data, options)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+numbers, int8 = part_scores(StepSession(twins.int8, twins.state.int8), run.data, TEST)
+_, fp32 = part_scores(StepSession(twins.fp32, twins.state.fp32), run.data, TEST)
+stretch = next(run.data.stretches(TEST, 0, 4_000))
+x = np.asarray(run.data.x[stretch.begin : stretch.stop])
+served = StepSession(twins.int8, twins.state.int8).run(x)
+torch = scores_of(twins.spec, twins.parameters, x, numerics=SchemeNumerics(twins.scheme))
+label = run.data.label[numbers]
+print(json.dumps({
+    "rows": twins.observed_rows, "observer": observer, "symmetric": options.symmetric,
+    "peak_rss_mb": round(peak / 1024, 1), "grown_rss_mb": round((peak - before) / 1024, 1),
+    "int8_accuracy": round(float((int8.argmax(1) == label).mean()), 5),
+    "fp32_accuracy": round(float((fp32.argmax(1) == label).mean()), 5),
+    "agreement": round(float((int8.argmax(1) == fp32.argmax(1)).mean()), 5),
+    "pytorch_class_difference": round(float((served.argmax(1) != torch.argmax(1)).mean()), 6),
+    "pytorch_score_difference": round(float(np.abs(served - torch).max()), 6),
+}))
+"""
+
+
+class CalibrationBench(msgspec.Struct, frozen=True):
+    """One row for each number of rows and kind of zero point; see `bench_calibration`."""
+
+    run: str
+    rows: list[dict[str, Any]]
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+
+def bench_calibration(
+    run: Path, observer: str, *, progress: Callable[[str], Any] = lambda _: None
+) -> CalibrationBench:
+    """Calibrate a run's network on 1,000, 10,000 and 100,000 rows, symmetric and asymmetric.
+
+    For each: peak resident memory of the process, accuracy, agreement with FP32, and how often and
+    how far PyTorch's fake quantisation and ONNX Runtime differ.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        If a calibration fails.
+    """
+    found = []
+    for symmetric in ("symmetric", "asymmetric"):
+        for rows in CALIBRATION_ROWS:
+            progress(f"calibrating on {rows} rows, {symmetric}")
+            done = subprocess.run(
+                [sys.executable, "-c", _CALIBRATE, str(run), observer, symmetric, str(rows)],
+                check=True,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+            )
+            found.append(json.loads(done.stdout))
+    return CalibrationBench(
+        str(run),
+        found,
+        machine(),
+        versions(),
+        commit(),
+        datetime.now(UTC).isoformat("T", "seconds"),
+    )
+
+
+class CrossoverBench(msgspec.Struct, frozen=True):
+    """INT8 against FP32 of one dense network, by its parameters.
+
+    Attributes
+    ----------
+    rows : list of dict
+        ``parameters``, ``p50_us_int8``, ``p50_us_fp32``, ``speed_up``, ``size_ratio``.
+    crossover_parameters : int or None
+        Fewest measured from which INT8 stays faster; None where it never is.
+    jitter : Jitter
+        Gaps of a loop that only reads the clock, beside it.
+    """
+
+    rows: list[dict[str, Any]]
+    crossover_parameters: int | None
+    jitter: Jitter
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+
+def bench_crossover(*, progress: Callable[[str], Any] = lambda _: None) -> CrossoverBench:
+    """Time one step of ever wider MLPs in ONNX Runtime, both precisions in turn."""
+    from models.comparison import interleaved_latency
+    from models.operations import Spec
+    from models.quantised_graph import quantised_graph
+    from models.scheme import make_scheme
+    from models.shapes import describe, initial_parameters
+    from models.step_graph import float_graph
+    from models.step_session import StepSession
+    from models.verify import hard_rows
+
+    rows = []
+    x = hard_rows(FEATURES, 4.0, 256)
+    for width in CROSSOVER_WIDTHS:
+        progress(f"two layers of {width}")
+        spec = Spec("mlp", FEATURES, 3, widths={"hidden0": width, "hidden1": width})
+        parameters = initial_parameters(spec, 0)
+        scheme = make_scheme(spec, parameters, lambda _: (-8.0, 8.0), rule="free")
+        int8, _ = quantised_graph(spec, parameters, scheme, {})
+        fp32, _ = float_graph(spec, parameters, {})
+        sessions = [StepSession(model, ()) for model in (int8, fp32)]
+        (p50, _), (p50_float, _) = interleaved_latency(sessions, x, LATENCY_ROUNDS)
+        sizes = [len(model.SerializeToString()) for model in (int8, fp32)]
+        rows.append(
+            {
+                "parameters": describe(spec).parameters,
+                "p50_us_int8": p50,
+                "p50_us_fp32": p50_float,
+                "speed_up": round(p50_float / p50, 3),
+                "size_ratio": round(sizes[0] / sizes[1], 3),
+            }
+        )
+    slower = [i for i, row in enumerate(rows) if row["speed_up"] <= 1.0]
+    first = slower[-1] + 1 if slower else 0
+    return CrossoverBench(
+        rows,
+        rows[first]["parameters"] if first < len(rows) else None,
+        measure_jitter(JITTER_SECONDS),
+        machine(),
+        versions(),
+        commit(),
+        datetime.now(UTC).isoformat("T", "seconds"),
+    )
+
+
+def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table of rows of one shape."""
+    from rich.table import Table
+
+    from feeds.output import wide_console
+
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int | float) else str(v) for v in row.values()))
+    wide_console().print(table)
