@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper

@@ -64,12 +64,41 @@ def load_torch(spec: str) -> onnx.ModelProto:
             found=f"({type(module).__name__}, {type(example).__name__})",
             fix="return both",
         )
-    module = module.eval()
+    model, answers = exported(module, example, spec)
+    model = checked(model, spec)
+    _check_answers(model, spec, example, answers)
+    return model
+
+
+def exported(
+    module: Any, example: tuple[Any, ...], where: str
+) -> tuple[onnx.ModelProto, tuple[Any, ...]]:
+    """A module's graph at the example's shapes, and what the module answers to the example.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        It is put into evaluation mode.
+    example : tuple of torch.Tensor
+        The book state, then the state tensors.
+    where : str
+        Named in errors.
+
+    Raises
+    ------
+    InputError
+        See `load_torch`.
+    """
+    import torch
+
     before = [f"state.{number}" for number in range(len(example) - 1)]
     try:
         with quiet(), _silent(), torch.no_grad():
+            module.eval()
             answer = module(*example)
-            answers = answer if isinstance(answer, tuple | list) else (answer,)
+            answers = tuple(answer) if isinstance(answer, tuple | list) else (answer,)
+            if not all(isinstance(each, torch.Tensor) for each in answers):
+                raise TypeError("the module gives something other than tensors")
             program = torch.onnx.export(
                 module,
                 example,
@@ -80,12 +109,9 @@ def load_torch(spec: str) -> onnx.ModelProto:
                 verbose=False,
             )
             assert program is not None
-            model = program.model_proto
+            return program.model_proto, answers
     except Exception as error:  # whatever user code and the exporter throw
-        raise _not_exported(spec, error) from None
-    model = checked(model, spec)
-    _check_answers(model, spec, example, answers)
-    return model
+        raise _not_exported(where, error) from None
 
 
 @contextlib.contextmanager

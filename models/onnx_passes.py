@@ -175,6 +175,14 @@ def renamed(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto
     return model
 
 
+def with_metadata_of(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the metadata and the graph name of another; changed in place."""
+    del model.metadata_props[:]
+    helper.set_model_props(model, {item.key: item.value for item in source.metadata_props})
+    model.graph.name = source.graph.name
+    return model
+
+
 def without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model without nodes and initialisers that no output needs; changed in place."""
     graph = model.graph

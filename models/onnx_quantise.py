@@ -14,21 +14,14 @@ Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"; Na
 
 from __future__ import annotations
 
-import difflib
 import math
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from engine.backends.onnx import WARM_UP_RUNS, session_options
 from feeds.errors import InputError
 from models.observers import make_observer
 from models.onnx_passes import (
@@ -42,35 +35,37 @@ from models.onnx_passes import (
     replace_nodes,
     tidied,
     with_folded_norms,
+    with_metadata_of,
     with_own_weights,
     with_plain_gemms,
     without_unused,
 )
+from models.onnx_runs import fused_nodes, int8_nodes, latency, opened
+from models.onnx_weights import (
+    check_node_names,
+    dynamic,
+    quantise_dynamic,
+    quantise_int4,
+    weights_to_fp16,
+)
 
-INT4_OPSET: Final = 21
-BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
-FLOAT16_MAX: Final = 65_504.0
+__all__ = [
+    "Ranges",
+    "fused_nodes",
+    "int8_nodes",
+    "latency",
+    "prepared",
+    "quantise_dynamic",
+    "quantise_int4",
+    "quantise_static",
+    "weights_to_fp16",
+]
+
 # What ONNX Runtime moves a QuantizeLinear through, back to the product before it.
 _CARRIERS: Final = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice")
-INT8_OPS: Final = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeLSTM",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "QGemm",
-        "QLinearAdd",
-        "QLinearConcat",
-        "QLinearConv",
-        "QLinearLeakyRelu",
-        "QLinearMatMul",
-        "QLinearMul",
-        "QLinearSigmoid",
-        "QLinearSoftmax",
-    }
-)
+# Past these, half a step of a uint8 output holds what is left of the curve: a range that only such
+# a node takes ends there.
+_FLAT: Final = {"Tanh": 4.0, "Sigmoid": 8.0}
 
 Ranges = dict[str, tuple[float, float]]
 
@@ -130,8 +125,8 @@ def quantise_static(
         and graphs with nothing to quantise.
     """
     kinds = _checked_kinds(op_types)
-    _check_names(model, exclude)
     start = prepared(model)
+    check_node_names(model, exclude, start)
     chosen = _chosen(start, kinds, exclude, products)
     if not chosen:
         raise InputError(
@@ -142,16 +137,12 @@ def quantise_static(
             fix="serve it in fp32",
         )
     relus = _saturating_relus(start, chosen)
-    ranges = _observe(start, chosen, relus, feeds, observer)
-    for name, (low, high) in ranges.items():
-        if symmetric and name not in relus:
-            reach = max(-low, high)
-            ranges[name] = (-reach, reach)
+    ranges = _observed(start, chosen, relus, feeds, observer, symmetric)
     quantised = _write_qdq(start, [*chosen, *relus.values()], ranges, per_channel)
     quantised = _without_needless_pairs(quantised, {node.name for node in chosen})
     if "LSTM" in kinds:
-        quantised = _with_dynamic_lstm(quantised, exclude)
-    quantised = tidied(quantised)
+        quantised = dynamic(quantised, ("LSTM",), signed=True, exclude=exclude)
+    quantised = with_metadata_of(tidied(quantised), model)
     onnx.checker.check_model(quantised, full_check=True)
     return quantised, ranges
 
@@ -168,21 +159,6 @@ def _checked_kinds(op_types: Sequence[str] | None) -> tuple[str, ...]:
                 fix="leave it out: it stays in floating point",
             )
     return kinds
-
-
-def _check_names(model: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Each of these names is a node of the model."""
-    known = {node.name for node in tidied(model).graph.node}
-    for name in names:
-        if name not in known and name not in {node.name for node in prepared(model).graph.node}:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            raise InputError(
-                "no such node",
-                where=model.graph.name or "model",
-                expected="the name of a node: " + ", ".join(sorted(known)[:20]),
-                found=name,
-                fix=f"did you mean {nearest[0]}?" if nearest else "",
-            )
 
 
 def _chosen(
@@ -237,50 +213,77 @@ def _saturating_relus(
     return found
 
 
-def _observe(
+def _observed(
     model: onnx.ModelProto,
     chosen: Sequence[onnx.NodeProto],
     relus: Mapping[str, onnx.NodeProto],
     feeds: Iterable[Mapping[str, np.ndarray]],
     kind: str,
+    symmetric: bool,
 ) -> Ranges:
     """Run the float graph over the feeds and observe what goes into and comes out of products."""
     wires = Wiring(model)
-    names: dict[str, str] = {}
+    where: dict[str, str] = {}
     for node in [*chosen, *relus.values()]:
         for name in (*node.input[:2], *node.output):
             if name not in wires.constants:
-                names.setdefault(name, node.name)
-    inputs = {value.name: value for value in model.graph.input}
-    watched = copy_of(model)
-    present = set(inputs) | wires.results
-    for name in names:
-        if name not in present:
-            watched.graph.output.append(
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-            )
-    session = ort.InferenceSession(
-        watched.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
-    )
-    computed = [name for name in names if name not in inputs]
-    observers = {name: make_observer(kind, name) for name in names}
+                where.setdefault(name, f"tensor {name} at node {node.name}")
+    observers = {
+        name: make_observer(kind, at, symmetric=symmetric and name not in relus)
+        for name, at in where.items()
+    }
+    inputs = [value.name for value in model.graph.input]
+    computed = [name for name in where if name not in inputs]
+    session = opened(_with_outputs(model, computed))
     spans: dict[str, tuple[float, float]] = {}
     count = 0
     for count, feed in enumerate(feeds, start=1):
         _check_feed(inputs, feed, count, spans)
-        answers = session.run(computed, dict(feed)) if computed else []
-        values = dict(zip(computed, answers, strict=True)) | {
-            n: feed[n] for n in inputs if n in names
-        }
-        for name, array in values.items():
-            if not np.isfinite(array).all():
-                raise InputError(
-                    "the float model makes NaN or infinity of the calibration data",
-                    where=f"call {count}, tensor {name} at node {names[name]}",
-                    expected="finite activations",
-                    fix="repair the model, or take what leads there out of the data",
-                )
+        values = session.run(computed, dict(feed)) if computed else []
+        for name, array in zip(computed, values, strict=True):
             observers[name].update(array)
+        for name in where.keys() & feed.keys():
+            observers[name].update(feed[name])
+    _check_spans(spans, count)
+    return {
+        name: _limited(*observer.range(), wires, name, symmetric, relus)
+        for name, observer in observers.items()
+    }
+
+
+def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The model with further tensors as outputs."""
+    watched = copy_of(model)
+    present = {value.name for value in model.graph.output}
+    for name in names:
+        if name not in present:
+            value = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            watched.graph.output.append(value)
+    return watched
+
+
+def _limited(
+    low: float,
+    high: float,
+    wires: Wiring,
+    name: str,
+    symmetric: bool,
+    relus: Mapping[str, onnx.NodeProto],
+) -> tuple[float, float]:
+    """A range as it is quantised: what is cut off must make no difference behind it."""
+    if name in relus:
+        # It begins at 0, so that the zero point does, and saturation is the Relu.
+        return 0.0, high
+    takers = {node.op_type for node in wires.takers[name]}
+    if name not in wires.results and takers and takers <= _FLAT.keys():
+        end = max(_FLAT[op] for op in takers)
+        low, high = max(low, -end), min(high, end)
+    reach = max(-low, high)
+    return (-reach, reach) if symmetric else (low, high)
+
+
+def _check_spans(spans: Mapping[str, tuple[float, float]], count: int) -> None:
+    """There were data, and no float input was the same throughout."""
     if not count:
         raise InputError(
             "no calibration data",
@@ -292,22 +295,16 @@ def _observe(
     for name, (low, high) in spans.items():
         if low == high:
             raise InputError(
-                "constant calibration data: it says nothing about the range of an activation",
+                "constant calibration data: they say nothing about the range of an activation",
                 where=f"input {name}, {count} calls",
                 expected="values that vary as they do when served",
                 found=f"{low} everywhere",
                 fix="calibrate on recorded rows, a model with state on its own state",
             )
-    ranges = {}
-    for name in names:
-        low, high = observers[name].range()
-        # What a Relu leaves begins at 0, so that the zero point does, and saturation is the Relu.
-        ranges[name] = (0.0 if name in relus else min(float(low), 0.0), max(float(high), 0.0))
-    return ranges
 
 
 def _check_feed(
-    inputs: Mapping[str, Any],
+    inputs: Sequence[str],
     feed: Mapping[str, np.ndarray],
     number: int,
     spans: dict[str, tuple[float, float]],
@@ -402,63 +399,3 @@ def _without_needless_pairs(model: onnx.ModelProto, chosen: set[str]) -> onnx.Mo
             node.input[place] = renamed.get(name, name)
     replace_nodes(model, kept)
     return without_unused(model)
-
-
-def _with_dynamic_lstm(model: onnx.ModelProto, exclude: Sequence[str]) -> onnx.ModelProto:
-    return _dynamic(model, ("LSTM",), exclude, signed=True)
-
-
-def _dynamic(
-    model: onnx.ModelProto, kinds: Sequence[str], exclude: Sequence[str], *, signed: bool
-) -> onnx.ModelProto:
-    """ONNX Runtime's dynamic quantiser on nodes of these kinds."""
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        path = Path(folder) / "dynamic.onnx"
-        quantize_dynamic(
-            copy_of(model),
-            path,
-            op_types_to_quantize=list(kinds),
-            per_channel=True,
-            weight_type=QuantType.QInt8 if signed else QuantType.QUInt8,
-            nodes_to_exclude=list(exclude),
-        )
-        return onnx.load(path)
-
-
-def fused_nodes(model: onnx.ModelProto) -> dict[str, int]:
-    """How many nodes of each operator ONNX Runtime runs, as a serving session optimises them."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = session_options(1)
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        optimised = onnx.load(options.optimized_model_filepath)
-    return dict(sorted(Counter(node.op_type for node in optimised.graph.node).items()))
-
-
-def int8_nodes(model: onnx.ModelProto) -> int:
-    """How many of them compute on integers of 8 or 4 bits."""
-    return sum(count for op, count in fused_nodes(model).items() if op in INT8_OPS)
-
-
-def latency(
-    model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], runs: int
-) -> tuple[float, float]:
-    """Median and 99th percentile of one bound inference, in microseconds, after warm-up."""
-    session = ort.InferenceSession(
-        model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
-    )
-    binding = session.io_binding()
-    arrays = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-    for name, value in arrays.items():
-        binding.bind_ortvalue_input(name, value)
-    for output in session.get_outputs():
-        binding.bind_output(output.name, "cpu")
-    times = np.empty(runs, dtype=np.int64)
-    for number in range(-WARM_UP_RUNS, runs):
-        before = time.perf_counter_ns()
-        session.run_with_iobinding(binding)
-        times[max(number, 0)] = time.perf_counter_ns() - before
-    p50, p99 = np.percentile(times, (50, 99)) / 1e3
-    return float(p50), float(p99)

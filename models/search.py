@@ -62,10 +62,12 @@ class SearchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def curve(self) -> list[float]:
         """Hypervolume after each evaluation; it never falls."""
-        return [
-            hypervolume(points_of(self.trials[: n + 1]), self.reference)
-            for n in range(len(self.trials))
-        ]
+        front: tuple[Trial, ...] = ()
+        volumes = []
+        for trial in self.trials:
+            front = pareto_front((*front, trial))
+            volumes.append(hypervolume(points_of(front), self.reference))
+        return volumes
 
     def to_table(self) -> list[dict[str, Any]]:
         """One row for each choice of the front, the most faithful first."""
@@ -200,6 +202,7 @@ def search(
         run = _Run(evaluator, journal)
         begin, proposals, repeats = time.perf_counter(), 0, 0
         rng = np.random.default_rng((seed, 1))
+        front: tuple[Trial, ...] = ()
         while len(run.trials) < trials and len(run.known) < space.size:
             forced = None
             if not run.trials:
@@ -211,7 +214,8 @@ def search(
             repeats = repeats + 1 if indices in run.known else 0
             searcher.learn(run.measured(indices).objectives)
             if not repeats:
-                area = hypervolume(points_of(run.trials), reference)
+                front = pareto_front((*front, run.trials[-1]))
+                area = hypervolume(points_of(front), reference)
                 progress(f"{name}, seed {seed}: hypervolume {area:.5f}", len(run.trials) / trials)
         thinking = time.perf_counter() - begin - run.waited
     finally:
@@ -222,8 +226,8 @@ def search(
         searcher=name,
         seed=seed,
         trials=done,
-        front=pareto_front(done),
-        hypervolume=hypervolume(points_of(done), reference),
+        front=front,
+        hypervolume=hypervolume(points_of(front), reference),
         reference=reference,
         proposals=proposals,
         seconds=round(thinking + sum(trial.measured.seconds for trial in done), 3),

@@ -177,7 +177,7 @@ class Evaluator:
         chosen = np.random.default_rng(seed).choice(numbers, min(TIMED_ROWS, len(numbers)), False)
         self._timed = np.asarray(data.x[np.sort(chosen)])
         self._observers: dict[str, dict[str, Observer]] = {}
-        self._ranges: dict[tuple[str, Rule], dict[str, Range]] = {}
+        self._ranges: dict[tuple[str, Rule, bool], dict[str, Range]] = {}
         self._known: dict[Indices, Measured] = {}
         self._graphs: dict[bytes, Measured] = {}
         self.fingerprint = _fingerprint(
@@ -243,18 +243,18 @@ class Evaluator:
         return quantised_graph(self._spec, self._parameters, scheme, {})
 
     def _calibrated(self, choice: Choice) -> dict[str, Range]:
-        """Range of each point under the choice's observer and rule."""
-        kind, rule = choice.observer, choice.scales
-        if (kind, rule) not in self._ranges:
+        """Range of each point under the choice's observer, rule and zero points."""
+        kind, rule, symmetric = key = choice.observer, choice.scales, choice.symmetric
+        if key not in self._ranges:
             if kind not in self._observers:
                 self._observers[kind], _ = calibrate(
                     self._spec, self._parameters, self._data, observer=kind, rows=self._rows
                 )
-            self._ranges[kind, rule] = {
-                name: under_rule(observer, rule).range()
+            self._ranges[key] = {
+                name: with_rules(observer, rule, symmetric=symmetric).range()
                 for name, observer in self._observers[kind].items()
             }
-        return self._ranges[kind, rule]
+        return self._ranges[key]
 
     def _measure(self, session: StepSession, size: int, begin: float) -> Measured:
         _, scores = part_scores(session, self._data, VALIDATION, self._validation_rows)
@@ -300,13 +300,12 @@ def median_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(middle), float(deviation * (np.pi / 2 / len(values)) ** 0.5)
 
 
-def under_rule(observer: Observer, rule: Rule) -> Observer:
-    """An observer that has seen the same and chooses its range for the scales of a rule."""
-    wanted = rule == "power-of-two"
-    if not isinstance(observer, HistogramObserver) or observer.power_of_two == wanted:
-        return observer
+def with_rules(observer: Observer, rule: Rule, *, symmetric: bool) -> Observer:
+    """An observer that has seen the same and chooses its range by other rules."""
+    if not isinstance(observer, HistogramObserver):
+        return observer  # its range is what it saw, whatever the rules
     other = make_observer(
-        observer.kind, observer.name, power_of_two=wanted, symmetric=observer.symmetric
+        observer.kind, observer.name, power_of_two=rule == "power-of-two", symmetric=symmetric
     )
     assert isinstance(other, HistogramObserver)
     other.histogram, other.observed = observer.histogram, observer.observed

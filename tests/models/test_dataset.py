@@ -1,4 +1,4 @@
-"""Splitting, normalising and labelling rows; and rows as the pipeline makes them."""
+"""Normalising rows, and rows as the pipeline makes them."""
 
 from __future__ import annotations
 
@@ -6,50 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engine import features
 from feeds.simulator import Simulator
-from models.dataset import Normalisation, Rows, collect, time_split
-
-
-def rows_of(slots: list[int], mids: list[int]) -> Rows:
-    """Rows with nothing in their features."""
-    n = len(slots)
-    return Rows(
-        np.zeros((n, 1)),
-        np.array(slots),
-        np.array(mids, dtype=np.int64),
-        np.arange(n) * 10,
-        np.arange(n),
-    )
-
-
-def test_a_label_looks_ahead_in_its_own_instrument_only() -> None:
-    rows = rows_of([0, 1, 0, 1, 0, 1], [10, 500, 12, 400, 15, 300])
-    numbers, moves = rows.moves(1)
-    assert numbers.tolist() == [0, 1, 2, 3]
-    assert moves.tolist() == [2, -100, 3, -100]
-
-
-@given(
-    st.lists(st.integers(0, 1_000), min_size=2, max_size=80).map(sorted),
-    st.floats(0.05, 0.95),
-    st.integers(0, 300),
-)
-def test_no_test_row_lies_within_the_embargo(
-    times: list[int], share: float, embargo_ns: int
-) -> None:
-    time_ns = np.array(times, dtype=np.int64)
-    split = time_split(np.arange(len(times)), time_ns, share, embargo_ns)
-    assert len(split.train) == int(len(times) * share)
-    if len(split.train) and len(split.test):
-        assert time_ns[split.test].min() > time_ns[split.train].max() + embargo_ns
-    kept = set(split.train) | set(split.test)
-    if len(split.train):
-        last = time_ns[split.train].max()
-        assert all(i in kept or last <= time_ns[i] <= last + embargo_ns for i in range(len(times)))
+from models.dataset import Normalisation, Rows, collect, joined
 
 
 def test_normalising_centres_scales_clips_and_leaves_constants_alone() -> None:
@@ -99,3 +59,26 @@ def test_mids_are_the_simulators_own(market_rows: Rows, tmp_path: Path) -> None:
     # ALPHA and BETA: slots are in order of name, as instrument ids are here.
     keys = zip(market_rows.slot.tolist(), market_rows.last_seq.tolist(), strict=True)
     assert [mids[key] for key in keys] == market_rows.mid_half_ticks.tolist()
+
+
+def test_every_instruments_stream_starts_once_and_rows_can_be_sorted(market_rows: Rows) -> None:
+    assert market_rows.starts.sum() == 2
+    ordered = market_rows.by_instrument()
+    assert np.flatnonzero(ordered.starts).tolist() == [0, int((ordered.slot == 0).sum())]
+    for slot in (0, 1):
+        own = ordered.slot == slot
+        assert np.all(np.diff(ordered.last_seq[own]) > 0)
+        assert (
+            ordered.vector[own].tobytes() == market_rows.vector[market_rows.slot == slot].tobytes()
+        )
+
+
+def test_the_spread_is_what_the_touch_says(market_rows: Rows) -> None:
+    assert market_rows.spread_ticks.min() >= 1
+    assert np.all((market_rows.mid_half_ticks + market_rows.spread_ticks) % 2 == 0)
+
+
+def test_sessions_follow_one_another(market_rows: Rows) -> None:
+    both = joined([market_rows, market_rows])
+    assert len(both) == 2 * len(market_rows)
+    assert both.starts.sum() == 4

@@ -42,11 +42,11 @@ def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained on it."""
-    out = tmp_path_factory.mktemp("run") / "tcn"
+    out = tmp_path_factory.mktemp("run") / "gru"
     found = answer(
-        train, "--tape", tape, "--arch", "tcn", "--horizon", 50, "--epochs", 4, "--out", out
+        train, "--tape", tape, "--arch", "gru", "--horizon", 50, "--epochs", 4, "--out", out
     )
-    assert found["spec"]["arch"] == "tcn"
+    assert found["spec"]["arch"] == "gru"
     assert found["data"]["horizon"] == 50
     assert found["metrics"]["following"]["trades"] > 0
     assert set(found["baselines"]) == {"logistic"}
@@ -71,7 +71,7 @@ def test_four_commands_lead_from_a_tape_to_a_verified_bundle(bundle: Path, tape:
     assert "<svg" in html
     assert "http" not in html.replace("http-equiv", "")
     (row,) = answer_list(report, bundle.parent)
-    assert row["architecture"] == "tcn"
+    assert row["architecture"] == "gru"
     assert row["agreement"] > 0.97
     facts = answer(info, bundle)
     assert facts["model"] == load_bundle(bundle).manifest.model_hash
@@ -104,7 +104,7 @@ def test_a_failed_check_exits_with_1(bundle: Path, tmp_path: Path, run: Path) ->
 
 
 def test_the_same_command_again_gives_the_finished_run(run: Path, tape: Path) -> None:
-    arguments = ["--tape", tape, "--arch", "tcn", "--horizon", 50, "--epochs", 4, "--out", run]
+    arguments = ["--tape", tape, "--arch", "gru", "--horizon", 50, "--epochs", 4, "--out", run]
     before = (run / "weights.npz").stat().st_mtime_ns
     answer(train, *arguments)
     assert (run / "weights.npz").stat().st_mtime_ns == before

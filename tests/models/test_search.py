@@ -18,6 +18,7 @@ from models.dataset import collect
 from models.observers import OBSERVERS
 from models.operations import Spec
 from models.quantisation import Options, quantise
+from models.scheme import RULES
 from models.search import (
     REFERENCE,
     SearchResult,
@@ -391,17 +392,22 @@ def evaluator(spec: Spec, parameters: dict[str, np.ndarray], data: Dataset) -> E
     return evaluator_of(spec, parameters, data)
 
 
-def test_a_choice_comes_to_the_graph_that_quantize_makes_of_it(
-    evaluator: Evaluator, spec: Spec, parameters: dict[str, np.ndarray], data: Dataset
-) -> None:
+@pytest.mark.parametrize("arch", ["mlp", "lstm"])
+def test_a_choice_comes_to_the_graph_that_quantize_makes_of_it(arch: str, data: Dataset) -> None:
+    spec = Spec(arch, data.x.shape[1], 3)
+    parameters = fold_norms(spec, initial_parameters(spec, 0))
+    evaluator = evaluator_of(spec, parameters, data)
     space, rng = evaluator.space, np.random.default_rng(0)
-    observer = [d.name for d in space.decisions].index("observer")
-    for kind in range(len(OBSERVERS)):
-        drawn = list(space.draw(rng))
-        drawn[observer] = kind
-        choice = space.choice(drawn)
-        made = quantise(spec, parameters, data, space.options(choice, rows=1_000))
-        assert evaluator.graph(choice)[0].SerializeToString() == made.int8.SerializeToString()
+    for observer, scales in itertools.product(OBSERVERS, RULES):
+        choice = space.choice(space.draw(rng))
+        signed = any(d.name == "zero-points" for d in space.decisions)
+        for symmetric in (True, False)[: 1 + signed]:
+            choice = msgspec.structs.replace(
+                choice, observer=observer, scales=scales, symmetric=symmetric
+            )
+            made = quantise(spec, parameters, data, space.options(choice, rows=1_000))
+            mine, _ = evaluator.graph(choice)
+            assert mine.SerializeToString() == made.int8.SerializeToString(), choice
 
 
 def test_equal_choices_and_equal_graphs_are_measured_once(
