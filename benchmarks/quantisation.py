@@ -141,7 +141,7 @@ def bench_crossover(*, progress: Callable[[str], Any] = lambda _: None) -> Cross
     from models.step_session import StepSession
     from models.verify import hard_rows
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     x = hard_rows(FEATURES, 4.0, 256)
     for width in CROSSOVER_WIDTHS:
         progress(f"two layers of {width}")

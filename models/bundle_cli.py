@@ -113,16 +113,16 @@ def quantize(
     from models.quantisation import Options
     from models.runs import load_run
 
-    source = click.get_current_context().get_parameter_source
-    if options["method"] in ("dynamic", "int4"):
-        # Their scales are ONNX Runtime's: what was not asked for is no contradiction.
-        for key, value in (("scales", "free"),):
-            if source(key) is click.core.ParameterSource.DEFAULT:
-                options[key] = value
+    ours = model.is_dir() or not (model.suffix == ".onnx" or ":" in model.name)
+    source = click.get_current_context().get_parameter_source("scales")
+    if source is click.core.ParameterSource.DEFAULT:
+        # ONNX Runtime's own scales are free: what was not asked for is no contradiction.
+        if not ours or options["method"] in ("dynamic", "int4"):
+            options["scales"] = "free"
     named, worst = keep
     wanted = Options(keep=named, keep_worst=worst, **options)
     with stages() as progress:
-        if (model / "run.json").exists() or model.is_dir():
+        if ours:
             run = load_run(model)
             target = out or model / _default_name(wanted)
             made = make_bundle(run, wanted, target, name=name, progress=progress)

@@ -123,13 +123,46 @@ def make_bundle(
         If the options or the data cannot be used, or exactness cannot be proved: then the node is
         named.
     """
-    data = run.data
-    metadata = {
+    twins = quantise(
+        run.spec,
+        run.parameters,
+        run.data,
+        options,
+        metadata=metadata_of(run.data),
+        progress=progress,
+    )
+    return finish_bundle(
+        run,
+        twins,
+        options,
+        folder,
+        name=name or run.spec.arch,
+        with_report=with_report,
+        progress=progress,
+    )
+
+
+def metadata_of(data: Dataset) -> dict[str, str]:
+    """What both graphs say of themselves."""
+    return {
         "octick.classes": ",".join(CLASSES),
         "octick.horizon": str(data.facts.horizon),
         "octick.label": data.facts.label,
     }
-    twins = quantise(run.spec, run.parameters, data, options, metadata=metadata, progress=progress)
+
+
+def finish_bundle(
+    run: Run,
+    twins: Quantised,
+    options: Options,
+    folder: Path,
+    *,
+    name: str,
+    with_report: bool = True,
+    progress: Progress = lambda stage, share: None,
+) -> Made:
+    """Prove, compare, write and verify twins that are quantised already; see `make_bundle`."""
+    data = run.data
     exact = twins.numerics == "exact-int8"
     headroom = None
     if exact:
@@ -143,7 +176,7 @@ def make_bundle(
     histogram, coverage = _calibration(run, data)
     files = _files(twins, data, rows, histogram)
     training = {
-        "architecture": run.spec.arch,
+        "architecture": twins.spec.arch,
         "spec": msgspec.to_builtins(twins.spec),
         "label": {
             "kind": data.facts.label,
@@ -165,7 +198,7 @@ def make_bundle(
     }
     manifest = write_bundle(
         folder,
-        name or run.spec.arch,
+        name,
         twins.int8,
         twins.fp32,
         numerics=twins.numerics,
@@ -226,7 +259,10 @@ def _files(
     for precision, model in (("int8", twins.int8), ("fp32", twins.fp32)):
         session = StepSession(model, getattr(twins.state, precision))
         golden[precision] = session.run(golden["x"])
-    source = Source(twins.spec, twins.float_parameters, twins.parameters, twins.scheme)
+    own = {}
+    if twins.parameters:
+        source = Source(twins.spec, twins.float_parameters, twins.parameters, twins.scheme)
+        own[SOURCE_NAME] = source.to_bytes()
     normalisation = data.normalisation
     research = {
         RESEARCH_INT8_NAME: research_graph(twins.int8, twins.state.int8, normalisation),
@@ -235,6 +271,6 @@ def _files(
     return {
         GOLDEN_NAME: npz_bytes(golden),
         CALIBRATION_NAME: npz_bytes(histogram.save()),
-        SOURCE_NAME: source.to_bytes(),
+        **own,
         **{name: graph.SerializeToString(deterministic=True) for name, graph in research.items()},
     }

@@ -16,9 +16,16 @@ from onnx import TensorProto, helper
 
 from engine.manifest import MAX_CLASSES, StateTensor
 from feeds.errors import InputError
-from models.foreign_check import book_input, load_onnx, shape_of, state_pairs, state_tensor
+from models.foreign_check import (
+    book_input,
+    checked,
+    load_onnx,
+    shape_of,
+    state_pairs,
+    state_tensor,
+)
 from models.foreign_torch import load_torch
-from models.onnx_passes import Wiring, at_opset, attribute, renamed, tidied
+from models.onnx_passes import Wiring, at_opset, attribute, renamed
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
 
 __all__ = ["as_step_model", "load_onnx", "load_torch", "window_feeds"]
@@ -72,13 +79,14 @@ def as_step_model(
     Raises
     ------
     InputError
-        If the model's input is no such arrangement or could be two, or no output has the classes.
+        For what `load_onnx` refuses, an input that is no such arrangement or could be two, and a
+        model without an output of the classes.
     """
     picked = _picked(columns, n_features)
     for key, value, most in (("window", window, MAX_WINDOW), ("n_classes", n_classes, MAX_CLASSES)):
         if not 1 <= value <= most:
             raise InputError("out of range", where=key, expected=f"1 to {most}", found=str(value))
-    model = at_opset(tidied(model))
+    model = at_opset(checked(model, name))
     own, entry = state_pairs(model), book_input(model)
     wrapped = shape_of(entry) != (1, n_features)
     turned = wrapped and _is_turned(entry, window, len(picked), layout, name)

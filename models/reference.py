@@ -110,7 +110,7 @@ def build(
         agreement = made.comparison.agreement
         if agreement < MIN_AGREEMENT:
             raise CheckFailed(
-                f"INT8 and FP32 name one class on {agreement:.2%} of rows, under {MIN_AGREEMENT:.0%}"
+                f"INT8 and FP32 agree on {agreement:.2%} of rows, under {MIN_AGREEMENT:.0%}"
             )
         made = msgspec.structs.replace(made, bundle=str(out))
         shutil.rmtree(out, ignore_errors=True)

@@ -127,8 +127,8 @@ def quantise_weight(
     if not per_channel:
         greatest = np.full(len(rows), greatest.max(initial=0.0))
     if rule == "free":
-        scales = np.float32(np.maximum(greatest / INT8_MAX, 2.0**SMALLEST_EXPONENT))
-        scales = scales.astype(np.float64)
+        least = np.full(len(rows), 2.0**SMALLEST_EXPONENT)
+        scales = np.maximum(greatest / INT8_MAX, least).astype(np.float32).astype(np.float64)
         return round_weight(rows, scales), scales
     holds = np.ldexp(1.0, [exponent_for(float(value), INT8_MAX) for value in greatest])
     best, least = holds, np.full(len(rows), np.inf)
@@ -202,7 +202,8 @@ class Scheme:
             If a bias does not fit its accumulator: the layer is out of proportion.
         """
         scales = self.weight_scales[name]
-        unit = np.float32(np.float32(in_scale) * scales.astype(np.float32)).astype(np.float64)
+        # One float32 product, as ONNX Runtime makes it of both scales.
+        unit = (scales.astype(np.float32) * np.float32(in_scale)).astype(np.float64)
         codes = None
         if bias is not None:
             rounded = np.rint(bias.astype(np.float64) / unit)

@@ -272,8 +272,8 @@ def _train(
             loss.backward()
             done = epoch * an_epoch + update
             adam.step(plan.learning_rate * _share_of_rate(done, total))
-            value = float(loss.detach())
-            mean_loss = value if mean_loss != mean_loss else 0.98 * mean_loss + 0.02 * value
+            now = float(loss.detach())
+            mean_loss = now if mean_loss != mean_loss else 0.98 * mean_loss + 0.02 * now
             if progress is not None:
                 progress(done + 1, total, mean_loss)
         if checkpoint is not None:

@@ -74,7 +74,10 @@ def run_pipeline(
     backend = open_backend("onnx", bundle, threads=threads, precision=precision)
     pipeline = Pipeline(config, bundle, backend)
     digest = Digest()
-    scores, mids, slots, inputs = [], [], [], []
+    scores: list[np.ndarray] = []
+    inputs: list[np.ndarray] = []
+    mids: list[int] = []
+    slots: list[int] = []
     for buf, start, after, _ in chunks:
         at = start
         while at < after:

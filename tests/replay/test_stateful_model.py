@@ -1,4 +1,4 @@
-"""A model that remembers: each instrument its own state, the same signals however it is replayed."""
+"""A model that remembers: each instrument has its own state, and a replay the same signals."""
 
 from __future__ import annotations
 
