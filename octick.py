@@ -60,6 +60,7 @@ _COMMANDS: Final[dict[str, Any]] = {
         "calibration": ("benchmarks.cli", "calibration", "How many calibration rows are enough."),
         "crossover": ("benchmarks.cli", "crossover", "From which size on INT8 beats FP32."),
         "convert": ("benchmarks.cli", "convert", "Raw lines a second of the converter."),
+        "deeplob": ("benchmarks.cli", "deeplob", "Public DeepLOB weights, INT8 against FP32."),
         "memory": ("benchmarks.cli", "memory", "Resident memory over a long replay."),
         "replay": ("benchmarks.cli", "replay", "Book levels, messages and signals a second."),
     },

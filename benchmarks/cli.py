@@ -183,3 +183,25 @@ def crossover(as_json: bool) -> None:
     at = result.crossover_parameters
     click.echo("INT8 is not faster at any size" if at is None else f"INT8 is faster from {at:,} on")
     click.echo(f"jitter: {result.jitter}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def deeplob(as_json: bool) -> None:
+    """Two public DeepLOB networks on recorded futures data: INT8 against FP32, by observer.
+
+    Needs the recordings and weights in OCTICK_DATA. Calibrated on the first third of the rows,
+    compared on the last.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.deeplob import bench_deeplob
+    from benchmarks.quantisation import show_rows
+
+    with Console(stderr=True).status("measuring") as status:
+        result = bench_deeplob(progress=status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show_rows("class agreement with FP32", result.rows)

@@ -34,6 +34,7 @@ MIN_VERSIONS: Final = (
     ("msgspec", "0.19"),
     ("numba", "0.61"),
     ("numpy", "2.0"),
+    ("onnx", "1.17"),
     ("onnxruntime", "1.20"),
     ("pyarrow", "16"),
     ("pyzmq", "26"),

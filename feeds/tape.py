@@ -44,7 +44,8 @@ from numba import njit
 
 from feeds.crc32c import crc32c
 from feeds.errors import InputError
-from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64, store_u16, store_u32
+from feeds.inner import inner
+from feeds.rawbytes import load_u16, load_u32, store_i64, store_u16, store_u32
 
 MAGIC: Final = b"OCTAPE\x00\x01"
 FORMAT_VERSION: Final = 1
@@ -128,6 +129,14 @@ def put_record(buf, at, kind, recv_ns, length):  # type: ignore[no-untyped-def]
     return after
 
 
+@inner("boolean(uint8[::1], int64, int64)")
+def _is_blank(buf, start, stop):  # type: ignore[no-untyped-def]
+    for i in range(start, stop):
+        if buf[i] != 0:
+            return False
+    return True
+
+
 @njit("UniTuple(int64, 3)(uint8[::1], int64, int64)", cache=True)
 def scan(buf, start, stop):  # type: ignore[no-untyped-def]
     """Walk whole records of ``buf[start:stop]``, checking each CRC.
@@ -140,7 +149,7 @@ def scan(buf, start, stop):  # type: ignore[no-untyped-def]
     records : int
         Good records passed, END not counted.
     status : int
-        SCAN_CLEAN, SCAN_PARTIAL (more bytes needed, or a length of zeros: an unwritten tail),
+        SCAN_CLEAN, SCAN_PARTIAL (more bytes needed, or an unwritten or unfinished tail),
         SCAN_DAMAGED or SCAN_END.
     """
     at = start
@@ -157,7 +166,9 @@ def scan(buf, start, stop):  # type: ignore[no-untyped-def]
             return at, records, SCAN_PARTIAL
         crc = load_u32(buf, at)
         if crc != crc32c(buf, at + 4, end):
-            if length == 0 and crc == 0 and load_i64(buf, at + 8) == 0:
+            # The CRC is written last: without it, and with nothing behind it, the record is one
+            # that its writer did not finish.
+            if crc == 0 and _is_blank(buf, after, min(after + RECORD_HEADER_BYTES, stop)):
                 return at, records, SCAN_PARTIAL
             return at, records, SCAN_DAMAGED
         for i in range(end, after):

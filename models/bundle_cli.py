@@ -200,10 +200,22 @@ def print_made(made: Made) -> None:
     type=click.Choice(["operator", "subgraph", "system"]),
     help="Only these; all three by default.",
 )
+@click.option(
+    "--vectors",
+    type=click.IntRange(16),
+    default=400,
+    show_default=True,
+    help="Inputs of the operator level, hard ones among them.",
+)
 @click.option("--all", "show_all", is_flag=True, help="Show the checks that hold, too.")
 @JSON
 def verify(
-    bundle: Path, tape: Path | None, levels: tuple[Any, ...], show_all: bool, as_json: bool
+    bundle: Path,
+    tape: Path | None,
+    levels: tuple[Any, ...],
+    vectors: int,
+    show_all: bool,
+    as_json: bool,
 ) -> None:
     """Verify BUNDLE in three levels: operator, subgraph, system. Exits with 1 where one fails."""
     import msgspec
@@ -224,6 +236,7 @@ def verify(
             recorded_rows(loaded, source),
             system=lambda checks: system_level(loaded, source, checks),
             levels=levels or ("operator", "subgraph", "system"),
+            vectors=vectors,
             on_stage=lambda stage: progress(stage, 0.0),
         )
     if as_json:

@@ -32,9 +32,10 @@ from models.sequences import TEST, TRAIN, Dataset
 from models.source import SOURCE_NAME, Source
 from models.step_session import StepSession
 from models.train_run import PACKAGES
-from models.verify import BOUND_MARGIN, SCORE_ROWS, greatest_difference, hard_rows, verify
+from models.verify import BOUND_MARGIN, VECTORS, greatest_difference, vectors_of, verify
 
 GOLDEN_ROWS: Final = 256
+BOUND_VECTORS: Final = 2 * VECTORS
 LIVE_ROWS: Final = 2_000
 HASH_KEY: Final = "octick.model"
 Progress = Callable[[str, float], None]
@@ -84,11 +85,10 @@ def measured_bound(twins: Quantised, rows: np.ndarray, clip: float) -> float:
     """Greatest difference of an INT8 score between levels, threads and PyTorch, with a margin.
 
     With free scales a value can fall to either side of a rounding tie, and in a model with state
-    the difference stays; the rows that verification uses are among those measured, and a half is
-    added for those that are not.
+    the difference stays: half is added to what was seen.
     """
     state = twins.state.int8
-    x = np.concatenate([rows[:SCORE_ROWS], hard_rows(rows.shape[1], clip, SCORE_ROWS)])
+    x = vectors_of(rows, clip, BOUND_VECTORS)
     plain = StepSession(twins.int8, state, optimise=False).run(x)
     others = [StepSession(twins.int8, state, threads=n).run(x) for n in (1, 2)]
     if twins.scheme is not None:

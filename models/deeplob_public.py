@@ -29,7 +29,8 @@ from feeds.errors import InputError
 from models.dataset import Normalisation, Rows
 from models.foreign_check import checked
 from models.foreign_torch import exported
-from models.onnx_passes import preprocessed, tidied, with_folded_norms
+from models.onnx_folding import with_folded_norms
+from models.onnx_passes import MACS, preprocessed, tidied
 from models.onnx_quantise import fused_nodes, int8_nodes, latency, quantise_static
 from models.onnx_runs import opened
 
@@ -143,8 +144,10 @@ def deeplob_onnx(npz_path: str | Path, *, folded: bool = True) -> onnx.ModelProt
     example = (torch.zeros(1, 1, WINDOW, COLUMNS),)
     model = checked(exported(module, example, str(npz_path))[0], str(npz_path))
     for node in model.graph.node:
-        layers = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
-        node.name = layers[0] if layers else "lstm" if node.op_type == "LSTM" else node.name
+        if node.op_type in MACS:
+            node.name = node.input[1].removesuffix(".weight")
+        elif node.op_type == "LSTM":
+            node.name = "lstm"
     model = tidied(preprocessed(model))
     return with_folded_norms(model) if folded else model
 

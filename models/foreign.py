@@ -20,12 +20,11 @@ from models.foreign_check import (
     book_input,
     checked,
     load_onnx,
-    shape_of,
     state_pairs,
     state_tensor,
 )
 from models.foreign_torch import load_torch
-from models.onnx_passes import Wiring, at_opset, attribute, renamed
+from models.onnx_passes import Wiring, at_opset, attribute, renamed, shape_of
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
 
 __all__ = ["as_step_model", "load_onnx", "load_torch", "window_feeds"]

@@ -21,6 +21,7 @@ from models.runs import Run
 from models.sequences import TRAIN, Dataset
 
 FOREIGN: Final = "foreign"
+QUANTISED: Final = ("Conv", "Gemm", "MatMul", "LSTM")
 Progress = Callable[[str, float], None]
 
 
@@ -90,6 +91,7 @@ def make_foreign_bundle(
             per_channel=options.per_channel,
             symmetric=options.symmetric,
             exclude=tuple(options.keep),
+            op_types=QUANTISED,
         )
     else:
         make = quantise_dynamic if options.method == "dynamic" else quantise_int4

@@ -23,9 +23,10 @@ from engine.backends.onnx import session_options
 from engine.bundle import MAX_MODEL_BYTES
 from engine.manifest import StateDtype, StateTensor
 from feeds.errors import InputError
-from models.onnx_passes import LOWEST_OPSET, tidied
+from models.onnx_passes import LOWEST_OPSET, shape_of, tidied
 
 CONTROL_FLOW: Final = ("If", "Loop", "Scan", "SequenceMap")
+DATA_SHAPED: Final = ("Compress", "NonMaxSuppression", "NonZero", "Unique")
 DOMAINS: Final = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 NEXT: Final = ".next"
 PAST: Final = ".past"
@@ -115,12 +116,20 @@ def checked(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
         Named in errors.
     """
     model = tidied(onnx.inliner.inline_local_functions(model))
+    constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in CONTROL_FLOW:
             raise InputError(
                 "dynamic control flow cannot be served",
                 where=f"{where}: node {node.name} ({node.op_type})",
                 expected="a graph whose every node runs at every step",
+                fix=STATIC_STEP_MODEL,
+            )
+        if node.op_type in DATA_SHAPED and not constants.issuperset(node.input):
+            raise InputError(
+                "an operator whose output has a size that depends on data cannot be served",
+                where=f"{where}: node {node.name} ({node.op_type})",
+                expected="fixed shapes throughout",
                 fix=STATIC_STEP_MODEL,
             )
         if node.domain not in DOMAINS:
@@ -177,11 +186,6 @@ def _fix_shapes(model: onnx.ModelProto, where: str) -> None:
     ]
     del model.graph.output[:]
     model.graph.output.extend(outputs)
-
-
-def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    """Shape of a graph input or output; 0 where a size is not fixed."""
-    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
 def dtype_of(value: onnx.ValueInfoProto) -> np.dtype[Any]:

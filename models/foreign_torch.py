@@ -188,7 +188,7 @@ def _not_exported(spec: str, error: BaseException) -> InputError:
     kind = type(cause).__name__
     dynamic = "DataDependent" in kind or "Dynamic" in kind or "data-dependent" in str(cause)
     return InputError(
-        "control flow that depends on data cannot be exported"
+        "control flow or sizes that depend on data cannot be exported"
         if dynamic
         else "the module cannot be exported",
         where=spec,

@@ -224,22 +224,28 @@ class MovingAverage(Observer):
     (the correction of Kingma and Ba 2015, "Adam", section 3): the first few count evenly.
     """
 
-    _low = _high = _weight = 0.0
+    _low = _high = _weight = _lowest = _greatest = 0.0
 
     def _take(self, values: np.ndarray) -> None:
-        self._low += AVERAGING * (min(0.0, float(values.min())) - self._low)
-        self._high += AVERAGING * (max(0.0, float(values.max())) - self._high)
+        low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+        self._lowest, self._greatest = min(self._lowest, low), max(self._greatest, high)
+        self._low += AVERAGING * (low - self._low)
+        self._high += AVERAGING * (high - self._high)
         self._weight += AVERAGING * (1.0 - self._weight)
 
     def _join(self, other: MovingAverage) -> None:
         self._low += other._low
         self._high += other._high
         self._weight += other._weight
+        self._lowest = min(self._lowest, other._lowest)
+        self._greatest = max(self._greatest, other._greatest)
 
     def _find(self) -> tuple[float, float]:
         if self._weight == 0.0:
             return 0.0, 0.0
-        return self._low / self._weight, self._high / self._weight
+        # No average lies beyond the extremes, but its rounding may.
+        low, high = self._low / self._weight, self._high / self._weight
+        return max(low, self._lowest), min(high, self._greatest)
 
 
 class HistogramObserver(Observer):

@@ -4,9 +4,7 @@ Each pass takes a model and gives another one; what comes in is never changed. N
 graph computes by more than float32 rounding. Names of nodes and tensors are kept where they are
 there, and given in graph order where they are not, so that the same file gives the same bytes.
 
-Sources: ONNX operator specifications; Jacob et al. (2018), "Quantization and Training of Neural
-Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2 (folding batch
-normalisation).
+Source: ONNX operator specifications.
 """
 
 from __future__ import annotations
@@ -93,6 +91,11 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """Shape of a graph input or output; 0 where a size is not fixed."""
+    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """Value of a node's attribute."""
     found = next((item for item in node.attribute if item.name == name), None)
@@ -100,7 +103,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every node named, constants as initialisers, nothing in it but the graph.
+    """Every node under a name of its own, constants as initialisers, nothing but the graph.
 
     Stack traces and paths, which exporters leave in the metadata, go; so do initialisers that
     nothing takes and those listed as inputs, which a caller could override.
@@ -114,7 +117,9 @@ def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
     for value in (*graph.input, *graph.output):
         value.doc_string = ""
         del value.metadata_props[:]
-    nodes, taken = [], {node.name for node in graph.node}
+    nodes: list[onnx.NodeProto] = []
+    taken: set[str] = set()
+    given = {node.name for node in graph.node}
     for number, node in enumerate(graph.node):
         node.doc_string = ""
         del node.metadata_props[:]
@@ -123,11 +128,11 @@ def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
             if array is not None:
                 graph.initializer.append(numpy_helper.from_array(array, node.output[0]))
                 continue
-        if not node.name:
-            node.name = f"{node.op_type}.{number}"
-            while node.name in taken:
-                node.name += "x"
-            taken.add(node.name)
+        name = node.name or f"{node.op_type}.{number}"
+        while name in taken or (not node.name and name in given):
+            name += ".2"
+        node.name = name
+        taken.add(name)
         nodes.append(node)
     _replace(graph.node, nodes)
     constants = {tensor.name for tensor in graph.initializer}
@@ -268,9 +273,12 @@ def preprocessed(model: onnx.ModelProto) -> onnx.ModelProto:
     with quiet(), tempfile.TemporaryDirectory() as folder:
         from onnxruntime.quantization import quant_pre_process
 
-        path = Path(folder) / "prepared.onnx"
+        given, path = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
+        # By file: of a model in memory the tool loses large constants, as external data of none.
+        onnx.save(model, given)
         try:
-            quant_pre_process(copy_of(model), path)
+            # Shapes are fixed: ONNX infers them; the symbolic pass gives up on some Gathers.
+            quant_pre_process(given, path, skip_symbolic_shape=True)
             return onnx.load(path)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise InputError(
@@ -279,68 +287,6 @@ def preprocessed(model: onnx.ModelProto) -> onnx.ModelProto:
                 found=" ".join(str(error).split())[:300],
                 fix="hold it against models.foreign.load_onnx first",
             ) from None
-
-
-def with_folded_norms(model: onnx.ModelProto) -> onnx.ModelProto:
-    """BatchNormalization in front of a product is folded into it.
-
-    DeepLOB and others normalise behind the activation, where `preprocessed` finds no Conv to fold
-    into. ``W (s x + t) + b`` is ``(W s) x + (W t + b)`` unless the Conv pads: the zeros around
-    ``s x + t`` are no image of a constant around ``x``. A padded consumer keeps the node.
-    """
-    model = copy_of(model)
-    wires = Wiring(model)
-    for norm in [node for node in model.graph.node if node.op_type == "BatchNormalization"]:
-        numbers = [wires.constants.get(name) for name in norm.input[1:]]
-        if attribute(norm, "training_mode", 0) or any(values is None for values in numbers):
-            continue
-        gain, shift, mean, variance = (np.asarray(v, dtype=np.float64) for v in numbers)
-        factor = gain / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
-        offset = shift - mean * factor
-        for node in wires.takers[norm.output[0]]:
-            if _takes_fold(node, wires, norm.output[0]):
-                _fold(node, wires, factor, offset)
-                node.input[0] = norm.input[0]
-    return without_unused(model)
-
-
-def _takes_fold(node: onnx.NodeProto, wires: Wiring, name: str) -> bool:
-    if list(node.input).count(name) != 1 or node.input[0] != name:
-        return False
-    if any(part not in wires.constants for part in node.input[1:] if part):
-        return False
-    if node.op_type == "Gemm":
-        return not attribute(node, "transA", 0)
-    if node.op_type != "Conv":
-        return False
-    size = wires.constants[node.input[1]].shape[2:]
-    auto = attribute(node, "auto_pad", b"NOTSET")
-    if auto in (b"SAME_UPPER", b"SAME_LOWER"):
-        return all(side == 1 for side in (*size, *attribute(node, "strides", ())))
-    return auto == b"VALID" or not any(attribute(node, "pads", ()))
-
-
-def _fold(node: onnx.NodeProto, wires: Wiring, factor: np.ndarray, offset: np.ndarray) -> None:
-    """Multiply ``factor`` into a product's weight and add ``offset``'s image to its bias."""
-    weight = wires.constants[node.input[1]].astype(np.float64)
-    if node.op_type == "Gemm":
-        inner_last = bool(attribute(node, "transB", 0))
-        scaled = weight * (factor if inner_last else factor[:, None])
-        moved = weight @ offset if inner_last else offset @ weight
-        moved *= attribute(node, "alpha", 1.0) / attribute(node, "beta", 1.0)
-    else:
-        groups, (out, inner) = attribute(node, "group", 1), weight.shape[:2]
-        # Row o of a grouped convolution sees the channels of its group only.
-        seen = (np.arange(out) // (out // groups))[:, None] * inner + np.arange(inner)
-        wide = (..., *(None,) * (weight.ndim - 2))
-        scaled = weight * factor[seen][wide]
-        moved = (weight * offset[seen][wide]).reshape(out, -1).sum(axis=1)
-    bias = node.input[2] if len(node.input) > 2 else ""
-    name = wires.add_constant(f"{node.input[1]}.folded", scaled.astype(np.float32))
-    total = moved + (wires.constants[bias].astype(np.float64) if bias else 0.0)
-    shift = wires.add_constant(f"{bias or node.name + '.bias'}.folded", total.astype(np.float32))
-    del node.input[1:]
-    node.input.extend([name, shift])
 
 
 def with_plain_gemms(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper
 
 from feeds.errors import InputError
 from models.observers import make_observer
+from models.onnx_folding import with_folded_norms
 from models.onnx_passes import (
     MACS,
     Wiring,
@@ -31,15 +32,13 @@ from models.onnx_passes import (
     attribute,
     copy_of,
     preprocessed,
-    quiet,
-    replace_nodes,
+    shape_of,
     tidied,
-    with_folded_norms,
     with_metadata_of,
     with_own_weights,
     with_plain_gemms,
-    without_unused,
 )
+from models.onnx_qdq import carried_to, with_float_kept, without_needless_pairs, write_qdq
 from models.onnx_runs import fused_nodes, int8_nodes, latency, opened
 from models.onnx_weights import (
     check_node_names,
@@ -61,8 +60,6 @@ __all__ = [
     "weights_to_fp16",
 ]
 
-# What ONNX Runtime moves a QuantizeLinear through, back to the product before it.
-_CARRIERS: Final = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice")
 # Past these, half a step of a uint8 output holds what is left of the curve: a range that only such
 # a node takes ends there.
 _FLAT: Final = {"Tanh": 4.0, "Sigmoid": 8.0}
@@ -138,8 +135,9 @@ def quantise_static(
         )
     relus = _saturating_relus(start, chosen)
     ranges = _observed(start, chosen, relus, feeds, observer, symmetric)
-    quantised = _write_qdq(start, [*chosen, *relus.values()], ranges, per_channel)
-    quantised = _without_needless_pairs(quantised, {node.name for node in chosen})
+    quantised = write_qdq(start, [*chosen, *relus.values()], ranges, per_channel)
+    quantised = without_needless_pairs(quantised, {node.name for node in chosen}, relus)
+    quantised = with_float_kept(quantised, {node.name for node in chosen})
     if "LSTM" in kinds:
         quantised = dynamic(quantised, ("LSTM",), signed=True, exclude=exclude)
     quantised = with_metadata_of(tidied(quantised), model)
@@ -184,31 +182,16 @@ def _chosen(
     return chosen
 
 
-def _carried_to(wires: Wiring, name: str) -> tuple[str, list[onnx.NodeProto]]:
-    """Where a tensor arrives through nodes that only move it, and who takes it there."""
-    while len(wires.takers[name]) == 1 and name not in wires.results:
-        taker = wires.takers[name][0]
-        if taker.op_type not in _CARRIERS or taker.input[0] != name:
-            break
-        name = taker.output[0]
-    return name, wires.takers[name]
-
-
 def _saturating_relus(
     model: onnx.ModelProto, chosen: Sequence[onnx.NodeProto]
 ) -> dict[str, onnx.NodeProto]:
     """Relus that saturation at zero point 0 replaces, by their output."""
     wires = Wiring(model)
-    names = {node.name for node in chosen}
     found = {}
     for node in chosen:
         takers = wires.takers[node.output[0]]
-        if len(takers) != 1 or takers[0].op_type != "Relu" or node.output[0] in wires.results:
-            continue
-        behind, after = _carried_to(wires, takers[0].output[0])
-        wanted = any(taker.name in names and behind in taker.input for taker in after)
-        # A Conv is fused only where its output is quantised; another product may leave in float.
-        if wanted or node.op_type == "Conv":
+        alone = len(takers) == 1 and node.output[0] not in wires.results
+        if alone and takers[0].op_type == "Relu" and takers[0].output[0] not in wires.results:
             found[takers[0].output[0]] = takers[0]
     return found
 
@@ -232,7 +215,7 @@ def _observed(
         name: make_observer(kind, at, symmetric=symmetric and name not in relus)
         for name, at in where.items()
     }
-    inputs = [value.name for value in model.graph.input]
+    inputs = {value.name: shape_of(value) for value in model.graph.input}
     computed = [name for name in where if name not in inputs]
     session = opened(_with_outputs(model, computed))
     spans: dict[str, tuple[float, float]] = {}
@@ -245,10 +228,18 @@ def _observed(
         for name in where.keys() & feed.keys():
             observers[name].update(feed[name])
     _check_spans(spans, count)
-    return {
+    ranges = {
         name: _limited(*observer.range(), wires, name, symmetric, relus)
         for name, observer in observers.items()
     }
+    # Saturation and rounding commute with movement of data. With one range before and behind it
+    # they happen once, and the movement is of integers.
+    for name in [*(node.output[0] for node in chosen), *relus]:
+        behind, _ = carried_to(wires, name)
+        if behind != name and behind in ranges:
+            low, high = ranges[behind]
+            ranges[name] = ranges[behind] = (0.0 if name in relus else low, high)
+    return ranges
 
 
 def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -304,7 +295,7 @@ def _check_spans(spans: Mapping[str, tuple[float, float]], count: int) -> None:
 
 
 def _check_feed(
-    inputs: Sequence[str],
+    inputs: Mapping[str, tuple[int, ...]],
     feed: Mapping[str, np.ndarray],
     number: int,
     spans: dict[str, tuple[float, float]],
@@ -320,82 +311,25 @@ def _check_feed(
             fix="name the arrays as the model names its inputs",
         )
     for name, array in feed.items():
+        shape = inputs[name]
+        fits = len(shape) == array.ndim and array.size > 0
+        if not fits or any(a not in (0, b) for a, b in zip(shape, array.shape, strict=True)):
+            raise InputError(
+                "calibration data of another shape",
+                where=f"{where}, input {name}",
+                expected=str(list(shape)),
+                found=str(list(array.shape)),
+                fix="pass what the model takes in one call",
+            )
         if array.dtype.kind != "f":
             continue
-        if array.size == 0 or not np.isfinite(array).all():
+        if not np.isfinite(array).all():
             raise InputError(
                 "calibration data that are no numbers",
                 where=f"{where}, input {name}",
                 expected="finite values",
-                found="an empty array" if array.size == 0 else "NaN or infinity",
+                found="NaN or infinity",
                 fix="take these rows out",
             )
         low, high = spans.get(name, (math.inf, -math.inf))
         spans[name] = (min(low, float(array.min())), max(high, float(array.max())))
-
-
-def _write_qdq(
-    model: onnx.ModelProto,
-    nodes: Sequence[onnx.NodeProto],
-    ranges: Ranges,
-    per_channel: bool,
-) -> onnx.ModelProto:
-    """ONNX Runtime's QDQ quantiser on these nodes and ranges."""
-    with quiet():
-        from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
-        from onnxruntime.quantization.calibrate import TensorsData
-
-        spans = {
-            name: (np.array(low, dtype=np.float32), np.array(high, dtype=np.float32))
-            for name, (low, high) in ranges.items()
-        }
-        quantizer = QDQQuantizer(
-            onnx.shape_inference.infer_shapes(copy_of(model)),
-            per_channel,
-            False,  # weights keep all 8 bits: the sessions ask for sums that cannot saturate
-            QuantType.QInt8,
-            QuantType.QUInt8,
-            TensorsData(CalibrationMethod.MinMax, spans),
-            [node.name for node in nodes],
-            [],
-            sorted({node.op_type for node in nodes}),
-            {"WeightSymmetric": True, "ActivationSymmetric": False},
-        )
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()
-        return quantizer.model.model
-
-
-def _without_needless_pairs(model: onnx.ModelProto, chosen: set[str]) -> onnx.ModelProto:
-    """Take out the pairs behind products that cost precision and win no fusion.
-
-    A Gemm or MatMul may leave in float32. Where a pair behind movement of data follows anyway, ONNX
-    Runtime moves that one back, so that the product's own would only round twice.
-    """
-    model = copy_of(model)
-    wires = Wiring(model)
-    renamed: dict[str, str] = {}
-    needless: set[str] = set()
-    for node in model.graph.node:
-        made = node.output[0]
-        takers = wires.takers[made]
-        if node.name not in chosen or [taker.op_type for taker in takers] != ["QuantizeLinear"]:
-            continue
-        (back,) = wires.takers[takers[0].output[0]]
-        real = back.output[0]
-        behind, after = _carried_to(wires, real)
-        again = behind != real and [taker.op_type for taker in after] == ["QuantizeLinear"]
-        taken = behind == real and any(taker.name in chosen for taker in after)
-        if not again and (taken or node.op_type == "Conv"):
-            continue
-        needless |= {takers[0].name, back.name}
-        if real in wires.results:
-            node.output[0] = real
-        else:
-            renamed[real] = made
-    kept = [node for node in model.graph.node if node.name not in needless]
-    for node in kept:
-        for place, name in enumerate(node.input):
-            node.input[place] = renamed.get(name, name)
-    replace_nodes(model, kept)
-    return without_unused(model)

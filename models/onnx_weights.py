@@ -18,6 +18,7 @@ import onnx
 from onnx import TensorProto
 
 from feeds.errors import InputError
+from models.onnx_folding import with_folded_norms
 from models.onnx_passes import (
     Wiring,
     at_opset,
@@ -26,7 +27,6 @@ from models.onnx_passes import (
     quiet,
     replace_nodes,
     tidied,
-    with_folded_norms,
     with_matmuls,
     with_metadata_of,
     with_own_weights,

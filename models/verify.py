@@ -34,8 +34,9 @@ from models.step_session import StepSession, watched
 FP32_BOUND: Final = 1e-5  # relative to the greatest score, where that is above 1
 MIN_SQNR_DB: Final = 10.0
 NODE_ROWS: Final = 32
-SCORE_ROWS: Final = 400
-REFERENCE_ROWS: Final = 200
+VECTORS: Final = 400
+SUBGRAPH_ROWS: Final = 400
+RESEARCH_ROWS: Final = 200
 EVALUATED_OPSET: Final = 19  # older quantising operators are not in the evaluator
 NODE_CODE_STEPS: Final = 1  # free scales: a uint8 code may fall to either side of a tie
 BOUND_MARGIN: Final = 1.5
@@ -120,7 +121,15 @@ def greatest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
 
 
-def verify_operators(bundle: Bundle, rows: np.ndarray, checks: Checks) -> float:
+def vectors_of(rows: np.ndarray, clip: float, n: int) -> np.ndarray:
+    """n inputs: live rows, as many as there are up to a half, and hard ones."""
+    live = rows[: n // 2]
+    return np.concatenate([live, hard_rows(rows.shape[1], clip, n - len(live))])
+
+
+def verify_operators(
+    bundle: Bundle, rows: np.ndarray, checks: Checks, vectors: int = VECTORS
+) -> float:
     """First level; returns the greatest difference of an INT8 score that was seen.
 
     Parameters
@@ -128,11 +137,13 @@ def verify_operators(bundle: Bundle, rows: np.ndarray, checks: Checks) -> float:
     bundle : Bundle
     rows : ndarray of float32, shape (n, features)
         A stretch of live inputs; hard ones of our own are added.
+    vectors : int
+        Inputs in all.
     """
     exact = bundle.numerics == "exact-int8"
     int8 = onnx.load_from_string(bundle.model_bytes("int8"))
     fp32 = onnx.load_from_string(bundle.model_bytes("fp32"))
-    x = np.concatenate([rows[:SCORE_ROWS], hard_rows(bundle.n_features, bundle.clip, SCORE_ROWS)])
+    x = vectors_of(rows, bundle.clip, vectors)
     limit = 0.0 if exact else bundle.manifest.bound
     plain = StepSession(int8, bundle.state("int8"), optimise=False).run(x)
     seen = 0.0
@@ -205,15 +216,13 @@ def _check_reference(
         f"tensors that differ of {len(names)} over {len(hard)} rows"
         + (f", first {differing[0]}" if differing else ""),
     )
-    some = np.concatenate([x[:REFERENCE_ROWS], x[-REFERENCE_ROWS:]])
-    scores = StepSession(int8, state, optimise=False).run(some)
-    wrong = int((reference.run(some) != scores).any(axis=1).sum())
+    wrong = int((reference.run(x) != plain).any(axis=1).sum())
     checks.add(
         "operator",
         "scores against the integer reference",
         wrong,
         0,
-        f"rows that differ of {len(some)}",
+        f"rows that differ of {len(x)}",
     )
 
 
@@ -306,7 +315,7 @@ def _check_pytorch(
 def _check_research(bundle: Bundle, rows: np.ndarray, checks: Checks) -> None:
     """Raw features through the research graphs against normalised ones through the step graphs."""
     normalisation = Normalisation(bundle.mean, bundle.inv_scale, bundle.clip)
-    raw = rows[:REFERENCE_ROWS].astype(np.float64) / bundle.inv_scale + bundle.mean
+    raw = rows[:RESEARCH_ROWS].astype(np.float64) / bundle.inv_scale + bundle.mean
     x = normalisation.apply(raw)
     for name, precision in ((RESEARCH_INT8_NAME, "int8"), (RESEARCH_FP32_NAME, "fp32")):
         if name not in bundle.manifest.files:
@@ -418,6 +427,7 @@ def verify(
     *,
     system: Callable[[Checks], dict[str, Any]] | None = None,
     levels: Iterable[Level] = ("operator", "subgraph", "system"),
+    vectors: int = VECTORS,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Verify a bundle.
@@ -430,6 +440,8 @@ def verify(
     system : callable, optional
         Runs the third level; see `models.verify_system.system_level`.
     levels : iterable of Level
+    vectors : int
+        Inputs of the operator level.
     on_stage : callable
 
     Raises
@@ -442,10 +454,10 @@ def verify(
     bound, ratios, facts = 0.0, {}, {}
     if "operator" in wanted:
         on_stage("operators: reference, PyTorch, optimisation levels, threads")
-        bound = verify_operators(bundle, rows, checks)
+        bound = verify_operators(bundle, rows, checks, vectors)
     if "subgraph" in wanted:
         on_stage("subgraphs: signal to quantisation noise of each block")
-        ratios = verify_subgraphs(bundle, rows[:SCORE_ROWS], checks)
+        ratios = verify_subgraphs(bundle, rows[:SUBGRAPH_ROWS], checks)
     if "system" in wanted and system is not None:
         on_stage("system: the pipeline over the tape")
         facts = system(checks)

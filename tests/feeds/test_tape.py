@@ -304,3 +304,26 @@ def test_a_cut_sealed_tape_is_refused(tmp_path: Path) -> None:
             read(cut)
     cut.write_bytes(data[:-1])  # every byte of the tape is there, and its own CRCs are good
     assert read(cut) == read(raw)
+
+
+def test_a_record_that_its_writer_did_not_finish_ends_the_tape(tmp_path: Path) -> None:
+    path = tmp_path / "killed.tape"
+    with TapeWriter(path, META) as writer:
+        for number in range(3):
+            writer.append(tape.MARKET, number, bytes([number + 1]) * 40)
+    data = bytearray(path.read_bytes())
+    records = list(TapeReader(path).records())
+    last = records[-1].offset
+    data[last : last + 4] = bytes(4)  # its CRC is written last
+    killed = bytes(data[: last + tape.RECORD_HEADER_BYTES + 40]) + bytes(4_096)
+    path.write_bytes(killed)
+    reader = TapeReader(path)
+    assert len(list(reader.records(allow_truncated=True))) == 2
+    assert reader.truncated_at == last
+    # In the middle of a tape it is damage: something was written behind it.
+    middle = bytearray(data)
+    first = records[0].offset
+    middle[first : first + 4] = bytes(4)
+    path.write_bytes(middle)
+    with pytest.raises(InputError, match="damaged record"):
+        list(TapeReader(path).records(allow_truncated=True))
