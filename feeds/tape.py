@@ -131,7 +131,7 @@ def put_record(buf, at, kind, recv_ns, length):  # type: ignore[no-untyped-def]
 
 @inner("boolean(uint8[::1], int64, int64)")
 def _is_blank(buf, start, stop):  # type: ignore[no-untyped-def]
-    for i in range(start, stop):
+    for i in range(start, stop):  # noqa: SIM110 - as Numba compiles it
         if buf[i] != 0:
             return False
     return True
