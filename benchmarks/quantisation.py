@@ -28,13 +28,13 @@ JITTER_SECONDS: Final = 1.0
 _CALIBRATE: Final = """
 import json, resource, sys
 from pathlib import Path
+import numpy as np
 from models.comparison import part_scores
-from models.execute import SchemeNumerics
+from models.execute import SchemeNumerics, scores_of
 from models.quantisation import Options, quantise
 from models.runs import load_run
 from models.sequences import TEST
 from models.step_session import StepSession
-from models.execute import scores_of
 
 run_path, observer, symmetric, rows = sys.argv[1:]
 run = load_run(Path(run_path))
