@@ -18,7 +18,7 @@ WEIGHTS: Final = (Path("models/deeplob_btc_h10.npz"), Path("models/deeplob_btc_h
 
 
 class DeepLobBench(msgspec.Struct, frozen=True):
-    """A row for each network and setting; see `models.deeplob_public.measure_deeplob`."""
+    """A row for each network and setting; see `models.foreign.deeplob.measure_deeplob`."""
 
     rows: list[dict[str, Any]]
     machine: dict[str, str | int]
@@ -38,7 +38,7 @@ def bench_deeplob(*, progress: Callable[[str], Any] = lambda _: None) -> DeepLob
     from feeds.tape_reader import TapeReader
     from feeds.venues.convert import convert
     from models.dataset import collect
-    from models.deeplob_public import CHOSEN, SETTINGS, measure_deeplob
+    from models.foreign.deeplob import CHOSEN, SETTINGS, measure_deeplob
 
     files = [recorded(path) for path in (RECORDING, *WEIGHTS)]
     raw, *weights = files

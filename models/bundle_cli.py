@@ -127,7 +127,7 @@ def quantize(
             target = out or model / _default_name(wanted)
             made = make_bundle(run, wanted, target, name=name, progress=progress)
         else:
-            from models.foreign_bundle import make_foreign_bundle
+            from models.foreign.bundle import make_foreign_bundle
 
             if data is None:
                 raise click.UsageError("--data RUN is needed to calibrate another's model")
@@ -346,8 +346,8 @@ def report(bundles: tuple[Path, ...], markdown: bool, as_json: bool) -> None:
     from feeds.progress import stages
 
     need_models_extra("octick model report")
-    from models.comparison_table import comparison_markdown, comparison_table
-    from models.model_report import found_bundles, report_rows
+    from models.report.bundle_report import found_bundles, report_rows
+    from models.report.table import comparison_markdown, comparison_table
 
     with stages() as progress:
         rows = report_rows(found_bundles(bundles), progress)

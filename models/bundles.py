@@ -25,8 +25,8 @@ from models.export import (
     write_bundle,
 )
 from models.labels import CLASSES
-from models.model_report import write_report
 from models.quantisation import WARM_UP_ROWS, Options, Quantised, quantise
+from models.report.bundle_report import write_report
 from models.runs import Run
 from models.sequences import TEST, TRAIN, Dataset
 from models.source import SOURCE_NAME, Source

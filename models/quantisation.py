@@ -263,7 +263,7 @@ def quantise(
         )
     fp32, fp32_state = float_graph(spec, parameters, named)
     if options.method in ("dynamic", "int4"):
-        from models.onnx_weights import quantise_dynamic, quantise_int4
+        from models.foreign.weights import quantise_dynamic, quantise_int4
 
         make = quantise_dynamic if options.method == "dynamic" else quantise_int4
         progress(f"{options.method} quantisation", 0.0)

@@ -11,8 +11,8 @@ from feeds.output import JSON
 from models.cli import need_models_extra
 
 if TYPE_CHECKING:
-    from models.search import SearchComparison
-    from models.search_space import Choice
+    from models.search.compare import SearchComparison
+    from models.search.space import Choice
 
 FRONT_NAME: Final = "front.png"
 RESULT_NAME: Final = "search.json"
@@ -59,8 +59,8 @@ def tune(
 
     need_models_extra("octick model tune")
     from models.runs import load_run
-    from models.search import compare_searches, pareto_front, plot_front
-    from models.search_evaluator import Evaluator
+    from models.search.compare import compare_searches, pareto_front, plot_front
+    from models.search.evaluator import Evaluator
 
     loaded = load_run(run)
     folder = out or run / "tune"

@@ -1,8 +1,8 @@
 """The report of a bundle: one HTML file that needs nothing beside it, and runs nothing.
 
-`html_report` takes plain values only (`ReportFacts`), gathered by `models.model_report`; the same
-facts give the same bytes. A part without facts is left out, with the command that makes them.
-Twins stand side by side everywhere: what quantisation cost, and what it bought.
+`html_report` takes plain values only (`ReportFacts`), gathered by `models.report.bundle_report`;
+the same facts give the same bytes. A part without facts is left out, with the command that makes
+them. Twins stand side by side everywhere: what quantisation cost, and what it bought.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from models import report_plots as plots
-from models.report_page import (
+from models.report import plots
+from models.report.page import (
     FAILS,
     Markup,
     bullets,
@@ -35,7 +35,7 @@ from models.report_page import (
     tiles,
     whole,
 )
-from models.verdict import sentences, verdict
+from models.report.verdict import sentences, verdict
 
 QUANTIZE: Final = "octick model quantize RUN"
 VERIFY: Final = "octick model verify BUNDLE"

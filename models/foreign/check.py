@@ -23,7 +23,7 @@ from engine.backends.onnx import session_options
 from engine.bundle import MAX_MODEL_BYTES
 from engine.manifest import StateDtype, StateTensor
 from feeds.errors import InputError
-from models.onnx_passes import LOWEST_OPSET, shape_of, tidied
+from models.foreign.passes import LOWEST_OPSET, shape_of, tidied
 
 CONTROL_FLOW: Final = ("If", "Loop", "Scan", "SequenceMap")
 DATA_SHAPED: Final = ("Compress", "NonMaxSuppression", "NonZero", "Unique")

@@ -19,10 +19,10 @@ from models.calibration import FeatureHistogram
 from models.comparison import LATENCY_RUNS, interleaved_latency
 from models.execute import FloatNumerics, run, tensors
 from models.export import GOLDEN_NAME, REPORT_NAME
-from models.onnx_quantise import int8_nodes
+from models.foreign.quantise import int8_nodes
 from models.operations import Spec
 from models.quantisation import Quantised
-from models.report import RangeFacts, ReportFacts, html_report
+from models.report.html import RangeFacts, ReportFacts, html_report
 from models.runs import Run
 from models.sequences import TEST, TRAIN, Dataset
 from models.shapes import describe
@@ -171,7 +171,7 @@ def found_bundles(paths: Sequence[Path]) -> list[Bundle]:
 def report_rows(
     bundles: Sequence[Bundle], progress: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
-    """A row a bundle for `models.comparison_table`: what its manifest says, and latencies now."""
+    """A row a bundle for `models.report.table`: what its manifest says, and latencies now."""
     rows = []
     for i, bundle in enumerate(bundles):
         progress(f"timing {bundle.path}", i / len(bundles))

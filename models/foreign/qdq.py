@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from models.onnx_passes import MACS, Wiring, copy_of, quiet, replace_nodes, without_unused
+from models.foreign.passes import MACS, Wiring, copy_of, quiet, replace_nodes, without_unused
 
 # What only moves data, so that ONNX Runtime can do it on integers.
 _CARRIERS: Final = (

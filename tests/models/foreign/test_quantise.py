@@ -15,10 +15,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from feeds.errors import InputError
-from models.foreign import load_onnx
-from models.onnx_folding import with_folded_norms
-from models.onnx_passes import at_opset, opset_of, with_matmuls
-from models.onnx_quantise import (
+from models.foreign.folding import with_folded_norms
+from models.foreign.passes import at_opset, opset_of, with_matmuls
+from models.foreign.quantise import (
     fused_nodes,
     int8_nodes,
     latency,
@@ -28,6 +27,7 @@ from models.onnx_quantise import (
     quantise_static,
     weights_to_fp16,
 )
+from models.foreign.step_model import load_onnx
 
 FLOAT = TensorProto.FLOAT
 node = helper.make_node

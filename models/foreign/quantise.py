@@ -23,9 +23,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from feeds.errors import InputError
-from models.observers import make_observer
-from models.onnx_folding import with_folded_norms
-from models.onnx_passes import (
+from models.foreign.folding import with_folded_norms
+from models.foreign.passes import (
     MACS,
     Wiring,
     at_opset,
@@ -38,15 +37,16 @@ from models.onnx_passes import (
     with_own_weights,
     with_plain_gemms,
 )
-from models.onnx_qdq import carried_to, with_float_kept, without_needless_pairs, write_qdq
-from models.onnx_runs import fused_nodes, int8_nodes, latency, opened
-from models.onnx_weights import (
+from models.foreign.qdq import carried_to, with_float_kept, without_needless_pairs, write_qdq
+from models.foreign.runtime import fused_nodes, int8_nodes, latency, opened
+from models.foreign.weights import (
     check_node_names,
     dynamic,
     quantise_dynamic,
     quantise_int4,
     weights_to_fp16,
 )
+from models.observers import make_observer
 
 __all__ = [
     "Ranges",
@@ -93,7 +93,7 @@ def quantise_static(
     feeds : iterable of mapping of str to ndarray
         Calibration inputs, one model call each, taken one after the other: memory does not grow
         with their number. A model with state needs the state of each step too
-        (`models.foreign.window_feeds`).
+        (`models.foreign.step_model.window_feeds`).
     observer : str
         Kind of `models.observers.make_observer`.
     per_channel : bool

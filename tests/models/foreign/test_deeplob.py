@@ -13,7 +13,7 @@ from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
 from feeds.venues.convert import convert
 from models.dataset import Rows, collect
-from models.deeplob_public import (
+from models.foreign.deeplob import (
     CHOSEN,
     CLASSES,
     COLUMNS,
@@ -26,8 +26,8 @@ from models.deeplob_public import (
     measure_deeplob,
     windows,
 )
-from models.foreign import as_step_model
-from models.onnx_runs import opened
+from models.foreign.runtime import opened
+from models.foreign.step_model import as_step_model
 
 
 @pytest.fixture(scope="module", params=["h10", "h50"])

@@ -3,7 +3,7 @@
 `search_random` draws choices evenly; `search_optuna` asks a multi-objective tree-structured Parzen
 estimator (Bergstra et al. 2011; Ozaki et al. 2022); `search_reinforce` is a small agent of our
 own that learns by policy gradient (Williams 1992). All of them ask the same evaluator
-(`models.search_evaluator`), start from the default choice, and spend the same budget: choices they
+(`models.search.evaluator`), start from the default choice, and spend the same budget: choices they
 have not asked for before. `compare_searches` holds them against each other, budget for budget.
 
 A search is a function of its seed and of what the evaluator answered, and its first n trials do not
@@ -23,8 +23,8 @@ import msgspec
 import numpy as np
 
 from feeds.errors import InputError
-from models.search_evaluator import Header, Judge, Measured, Trial, TrialLog
-from models.search_space import SEARCHERS, Choice, Indices, Point
+from models.search.evaluator import Header, Judge, Measured, Trial, TrialLog
+from models.search.space import SEARCHERS, Choice, Indices, Point
 
 REFERENCE: Final = (0.1, 4.0)  # disagreement and latency ratio that are worth nothing
 MAX_REPEATS: Final = 5  # known proposals in a row, before an unknown choice is drawn instead
@@ -161,12 +161,12 @@ def search(
     name : str
         One of `SEARCHERS`.
     evaluator : Judge
-        See `models.search_evaluator.Evaluator`.
+        See `models.search.evaluator.Evaluator`.
     trials : int
         Choices to evaluate; all of them where there are fewer.
     seed : int
     log : Path, optional
-        A new file for the trials, see `models.search_evaluator.TrialLog`.
+        A new file for the trials, see `models.search.evaluator.TrialLog`.
     resume : Path, optional
         Log of a search that was broken off: its trials are taken as they stand, then it goes on,
         in the same file.

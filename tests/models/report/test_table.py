@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from models.comparison_table import comparison_markdown, comparison_table
+from models.report.table import comparison_markdown, comparison_table
 
 ROWS: list[dict[str, Any]] = [
     {

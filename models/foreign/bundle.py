@@ -11,10 +11,10 @@ import numpy as np
 from engine.manifest import StateSection
 from feeds.errors import InputError
 from models.bundles import Made, finish_bundle
-from models.foreign import as_step_model, load_onnx, load_torch, window_feeds
+from models.foreign.quantise import quantise_static
+from models.foreign.step_model import as_step_model, load_onnx, load_torch, window_feeds
+from models.foreign.weights import quantise_dynamic, quantise_int4
 from models.labels import CLASSES
-from models.onnx_quantise import quantise_static
-from models.onnx_weights import quantise_dynamic, quantise_int4
 from models.operations import Spec
 from models.quantisation import Options, Quantised
 from models.runs import Run

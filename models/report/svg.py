@@ -1,6 +1,6 @@
 """Matplotlib figures as SVG that stands inside an HTML page: the same bytes for the same numbers.
 
-Text stays text, and colours are CSS variables of the page (`models.report_page.PALETTE`): one plot
+Text stays text, and colours are CSS variables of the page (`models.report.page.PALETTE`): one plot
 reads well on light and on dark paper. Nothing in the markup names anything outside of the page.
 """
 
@@ -19,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from models.report_page import PALETTE
+from models.report.page import PALETTE
 
 WIDTH_INCHES: Final = 9.2
 

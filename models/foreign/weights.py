@@ -18,8 +18,8 @@ import onnx
 from onnx import TensorProto
 
 from feeds.errors import InputError
-from models.onnx_folding import with_folded_norms
-from models.onnx_passes import (
+from models.foreign.folding import with_folded_norms
+from models.foreign.passes import (
     Wiring,
     at_opset,
     copy_of,

@@ -21,8 +21,8 @@ import onnxruntime as ort
 
 from engine.backends.onnx import session_options
 from feeds.errors import InputError
-from models.foreign_check import NEXT, STATIC_STEP_MODEL, checked, one_line
-from models.onnx_passes import LOWEST_OPSET, quiet
+from models.foreign.check import NEXT, STATIC_STEP_MODEL, checked, one_line
+from models.foreign.passes import LOWEST_OPSET, quiet
 
 EXPORT_TOLERANCE: Final = 1e-4  # of the greatest output: float32 sums in another order
 

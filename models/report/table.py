@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from models.report_page import NOTHING, decimal, percent, printable, whole
+from models.report.page import NOTHING, decimal, percent, printable, whole
 
 # heading, keys of the row, kind of figure ("" is text)
 Column = tuple[str, tuple[str, ...], str]

@@ -27,12 +27,12 @@ from torch import nn
 
 from feeds.errors import InputError
 from models.dataset import Normalisation, Rows
-from models.foreign_check import checked
-from models.foreign_torch import exported
-from models.onnx_folding import with_folded_norms
-from models.onnx_passes import MACS, preprocessed, tidied
-from models.onnx_quantise import fused_nodes, int8_nodes, latency, quantise_static
-from models.onnx_runs import opened
+from models.foreign.check import checked
+from models.foreign.folding import with_folded_norms
+from models.foreign.passes import MACS, preprocessed, tidied
+from models.foreign.quantise import fused_nodes, int8_nodes, latency, quantise_static
+from models.foreign.runtime import opened
+from models.foreign.torch_module import exported
 
 WINDOW: Final = 100
 COLUMNS: Final = 40  # price and size of ten levels of both sides, as in the engine's first features
@@ -193,7 +193,7 @@ def windows(rows: Rows, *, clip: float = CLIP) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Arguments of `models.onnx_quantise.quantise_static`."""
+    """Arguments of `models.foreign.quantise.quantise_static`."""
 
     observer: str = "percentile-99.99"
     per_channel: bool = True

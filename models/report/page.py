@@ -1,4 +1,4 @@
-"""The HTML of a report (`models.report`): escaping, figures as text, tables, and the page around.
+"""The HTML of a report (`models.report.html`): escaping, figures as text, tables, the page.
 
 Everything that reaches the page goes through `escaped`; only `Markup` is taken as it is.
 """
@@ -175,7 +175,7 @@ def folded(summary: str, inner: Markup, *, is_open: bool) -> Markup:
 
 
 def drawing(svg: str, caption: str) -> Markup:
-    """A plot of `models.report_plots` above its caption."""
+    """A plot of `models.report.plots` above its caption."""
     caption = escaped(caption)
     return Markup(
         f'<figure><div class="wide">{svg}</div><figcaption>{caption}</figcaption></figure>\n'

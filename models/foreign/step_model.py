@@ -1,8 +1,8 @@
 """Other people's models: from an ONNX file or a PyTorch module to a step that the engine can serve.
 
 `load_onnx` and `load_torch` give a checked float graph; `as_step_model` turns one that looks at a
-whole window of rows into one that takes a row and remembers the rest. `models.onnx_quantise` makes
-the quantised twin, before or after: the wrapping only moves data.
+whole window of rows into one that takes a row and remembers the rest. `models.foreign.quantise`
+makes the quantised twin, before or after: the wrapping only moves data.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from onnx import TensorProto, helper
 
 from engine.manifest import MAX_CLASSES, StateTensor
 from feeds.errors import InputError
-from models.foreign_check import (
+from models.foreign.check import (
     book_input,
     checked,
     load_onnx,
     state_pairs,
     state_tensor,
 )
-from models.foreign_torch import load_torch
-from models.onnx_passes import Wiring, at_opset, attribute, renamed, shape_of
+from models.foreign.passes import Wiring, at_opset, attribute, renamed, shape_of
+from models.foreign.torch_module import load_torch
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
 
 __all__ = ["as_step_model", "load_onnx", "load_torch", "window_feeds"]

@@ -31,7 +31,7 @@ from models.operations import Spec
 from models.quantisation import calibrate, divergence
 from models.quantised_graph import quantised_graph
 from models.scheme import Rule, make_scheme
-from models.search_space import Choice, Indices, SearchSpace, kept_of
+from models.search.space import Choice, Indices, SearchSpace, kept_of
 from models.sequences import VALIDATION, Dataset
 from models.step_graph import float_graph
 from models.step_session import StepSession

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from models.report_page import decimal, is_figure, percent, whole
+from models.report.page import decimal, is_figure, percent, whole
 
 SAME_SPEED: Final = 0.02
 LEAST_POINTS: Final = 0.01

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from models.onnx_passes import Wiring, attribute, copy_of, without_unused
+from models.foreign.passes import Wiring, attribute, copy_of, without_unused
 
 
 def with_folded_norms(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from models.metrics import evaluate
-from models.report import QUANTIZE, TUNE, VERIFY, RangeFacts, ReportFacts, html_report
-from models.report_page import flattened, general, percent, printable, shortened
-from models.report_plots import MAX_PANELS, front_points, rebinned
-from models.verdict import sentences, verdict
+from models.report.html import QUANTIZE, TUNE, VERIFY, RangeFacts, ReportFacts, html_report
+from models.report.page import flattened, general, percent, printable, shortened
+from models.report.plots import MAX_PANELS, front_points, rebinned
+from models.report.verdict import sentences, verdict
 
 PLOTS = ("sqnr", "ranges", "latency", "reliability", "curve", "front")
 SECTIONS = ["figures", "blocks", "ranges", "coverage", "latency"]

@@ -285,7 +285,7 @@ def preprocessed(model: onnx.ModelProto) -> onnx.ModelProto:
                 "the graph cannot be prepared for quantisation",
                 where=model.graph.name or "model",
                 found=" ".join(str(error).split())[:300],
-                fix="hold it against models.foreign.load_onnx first",
+                fix="hold it against models.foreign.step_model.load_onnx first",
             ) from None
 
 

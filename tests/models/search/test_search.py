@@ -19,7 +19,7 @@ from models.observers import OBSERVERS
 from models.operations import Spec
 from models.quantisation import Options, quantise
 from models.scheme import RULES
-from models.search import (
+from models.search.compare import (
     REFERENCE,
     SearchResult,
     compare_searches,
@@ -31,8 +31,8 @@ from models.search import (
     search_random,
     search_reinforce,
 )
-from models.search_evaluator import Evaluator, Header, Measured, Trial, TrialLog
-from models.search_space import SEARCHERS, Choice, Decision, Point, SearchSpace
+from models.search.evaluator import Evaluator, Header, Measured, Trial, TrialLog
+from models.search.space import SEARCHERS, Choice, Decision, Point, SearchSpace
 from models.sequences import Dataset, make_dataset
 from models.shapes import fold_norms, initial_parameters
 from models.training import Plan, train
@@ -435,7 +435,7 @@ def test_each_observer_is_calibrated_once(
     data: Dataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import models.search_evaluator as module
+    import models.search.evaluator as module
 
     calibrated = []
     real = module.calibrate

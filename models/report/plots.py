@@ -1,4 +1,4 @@
-"""Plots of a report (`models.report`), each an ``<svg>`` element; see `models.report_svg`."""
+"""Plots of a report (`models.report.html`), each an ``<svg>`` element; see `models.report.svg`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from models.report_page import shortened
-from models.report_svg import DRAWN, colour, markup, plain_ticks, plot
+from models.report.page import shortened
+from models.report.svg import DRAWN, colour, markup, plain_ticks, plot
 
 MAX_PANELS: Final = 24
 PANEL_COLUMNS: Final = 4
@@ -89,7 +89,7 @@ def ranges_plot(ranges: Sequence[Any]) -> str:
 
     Parameters
     ----------
-    ranges : sequence of models.report.RangeFacts
+    ranges : sequence of models.report.html.RangeFacts
         1 to `MAX_PANELS`, in the order of the panels.
     """
     assert 1 <= len(ranges) <= MAX_PANELS

@@ -1,0 +1,1 @@
+"""Other people's models, and ONNX Runtime's own quantisation tools."""

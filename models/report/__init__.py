@@ -1,0 +1,1 @@
+"""What a bundle is worth: report.html, and tables over many bundles."""

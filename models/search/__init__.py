@@ -1,0 +1,1 @@
+"""Searching layers, precisions, observers and scales."""
