@@ -23,6 +23,8 @@ from models.shapes import fold_norms
 RUN_NAME: Final = "run.json"
 WEIGHTS_NAME: Final = "weights.npz"
 CHECKPOINT_NAME: Final = "checkpoint.npz"
+SEARCH_FOLDER: Final = "tune"
+SEARCH_NAME: Final = "search.json"
 
 
 class RunRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from models.search.space import Choice
 
 FRONT_NAME: Final = "front.png"
-RESULT_NAME: Final = "search.json"
 
 
 @click.command()
@@ -51,19 +50,19 @@ def tune(
 
     Two objectives: disagreement with FP32 on the validation part, and p99 latency of a step over
     that of FP32. Writes every trial as it is measured, the Pareto front as a table and a plot, and
-    the commands that make its bundles.
+    the commands that make its bundles; reports of bundles made afterwards show the front too.
     """
     import msgspec
 
     from feeds.progress import stages
 
     need_models_extra("octick model tune")
-    from models.runs import load_run
+    from models.runs import SEARCH_FOLDER, SEARCH_NAME, load_run
     from models.search.compare import compare_searches, pareto_front, plot_front
     from models.search.evaluator import Evaluator
 
     loaded = load_run(run)
-    folder = out or run / "tune"
+    folder = out or run / SEARCH_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with stages() as progress:
         progress("preparing the evaluator", 0.0)
@@ -90,8 +89,20 @@ def tune(
         }
         for trial in front
     ]
+    best = {id(trial) for trial in front}
     answer = {
         "run": str(run),
+        "points": [
+            {
+                "label": f"{result.searcher} {trial.number}",
+                "disagreement": trial.measured.disagreement,
+                "p99_us": trial.measured.p99_us,
+                "on_front": id(trial) in best,
+            }
+            for result in found.results
+            for trial in result.trials
+            if not trial.measured.refused
+        ],
         "trials": trials,
         "front": rows_of_front,
         "searchers": found.summary(),
@@ -99,7 +110,7 @@ def tune(
         "plot": str(folder / FRONT_NAME),
     }
     data = msgspec.json.format(msgspec.json.encode(answer), indent=2)
-    (folder / RESULT_NAME).write_bytes(data + b"\n")
+    (folder / SEARCH_NAME).write_bytes(data + b"\n")
     if as_json:
         click.echo(msgspec.json.encode(answer).decode())
         return

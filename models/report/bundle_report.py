@@ -23,7 +23,7 @@ from models.foreign.quantise import int8_nodes
 from models.operations import Spec
 from models.quantisation import Quantised
 from models.report.html import RangeFacts, ReportFacts, html_report
-from models.runs import Run
+from models.runs import SEARCH_FOLDER, SEARCH_NAME, Run
 from models.sequences import TEST, TRAIN, Dataset
 from models.shapes import describe
 from models.step_session import StepSession
@@ -105,7 +105,6 @@ def write_report(
     twins: Quantised,
     comparison: Mapping[str, Any],
     verification: Verification,
-    front: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
     """Write ``report.html`` into a bundle; it is no part of what the manifest vouches for."""
     data = run.data
@@ -138,10 +137,19 @@ def write_report(
                 for name in ("int8", "fp32")
                 if comparison[name]["following"]
             },
-            front=front,
+            front=searched_points(run),
         )
     )
     (bundle.path / REPORT_NAME).write_bytes(html)
+
+
+def searched_points(run: Run) -> list[dict[str, Any]] | None:
+    """What ``octick model tune`` measured for a run; None where it was not called."""
+    path = run.folder / SEARCH_FOLDER / SEARCH_NAME
+    if not path.exists():
+        return None
+    points: list[dict[str, Any]] = msgspec.json.decode(path.read_bytes())["points"]
+    return points
 
 
 def found_bundles(paths: Sequence[Path]) -> list[Bundle]:

@@ -16,6 +16,7 @@ from feeds.simulator import Simulator
 from models.bundle_cli import info, quantize, report, verify
 from models.cli import train
 from models.export import REPORT_NAME
+from models.search_cli import tune
 
 pytestmark = pytest.mark.slow
 
@@ -160,3 +161,17 @@ def test_no_signal_means_nothing_to_find(tmp_path: Path) -> None:
     )
     assert abs(found["metrics"]["balanced_accuracy"] - 1 / 3) < 0.05
     assert np.isclose(found["metrics"]["information_coefficient"], 0.0, atol=0.1)
+
+
+def test_what_a_search_measured_stands_in_later_reports(run: Path, tmp_path: Path) -> None:
+    found = answer(tune, run, "--trials", 2, "--searcher", "random")
+    assert len(found["points"]) == 2
+    assert 1 <= len(found["front"]) <= 2
+    assert sum(point["on_front"] for point in found["points"]) == len(found["front"])
+    assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
+    answer(quantize, run, "--rows", 2_000, "--out", tmp_path / "bundle")
+    assert "No search was given" not in (tmp_path / "bundle" / REPORT_NAME).read_text()
+    done = call(tune, run, "--trials", 2, "--searcher", "random")
+    assert isinstance(done.exception, InputError)  # a log is never overwritten
+    again = answer(tune, run, "--trials", 2, "--searcher", "random", "--resume")
+    assert again["points"] == found["points"]
