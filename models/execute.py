@@ -322,7 +322,10 @@ class _Run(Operations[Value]):
         total = steps.sum(dim=-1, keepdim=True)
         squares = (steps * steps).sum(dim=-1, keepdim=True)
         spread = n * squares - total * total
-        return self._point(name, (n * steps - total) / torch.sqrt(spread + 1.0))
+        # The vectorised float32 root is not always correctly rounded; that of a float64 is, as
+        # float32.
+        deviation = torch.sqrt((spread + 1.0).double()).to(steps.dtype)
+        return self._point(name, (n * steps - total) / deviation)
 
     def _recur(
         self, name: str, x: Value, units: int, gates: int, bias: bool

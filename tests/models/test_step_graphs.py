@@ -217,3 +217,22 @@ def test_an_unknown_architecture_and_too_few_features_are_refused() -> None:
         describe(Spec("rnn", N_FEATURES, 3))
     with pytest.raises(InputError, match="too few features"):
         describe(Spec("deeplob", 20, 3))
+
+
+def test_layer_norm_takes_a_correctly_rounded_root() -> None:
+    import torch
+
+    from models.execute import SchemeNumerics, Value, _Run
+
+    made = twins("attention")
+    scale = made.scheme.points["attention.sum"].scale
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-128, 128, size=(20_000, 32)).astype(np.float32)
+    ops = _Run(made.spec, {}, SchemeNumerics(made.scheme), {}, False)
+    x = torch.from_numpy(codes * np.float32(scale))[:, None, None]
+    found = ops.layer_norm("norm", Value(x, "attention.sum")).tensor[:, 0, 0].numpy()
+    total, squares = codes.sum(axis=1, keepdims=True), (codes * codes).sum(axis=1, keepdims=True)
+    spread = np.float32(32) * squares - total * total + np.float32(1)
+    expected = (np.float32(32) * codes - total) / np.sqrt(spread)
+    point = made.scheme.points["norm"]
+    assert np.array_equal(found, point.dequantise(point.quantise(expected)))
