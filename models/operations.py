@@ -25,7 +25,6 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 V = TypeVar("V")
-Scale = float
 
 INPUT_POINT: Final = "x"
 HEAD: Final = "head"

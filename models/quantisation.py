@@ -257,9 +257,7 @@ def quantise(
             data,
             dict(parameters),
             Plan(options.epochs, options.seed, PRUNED_LEARNING_RATE),
-            progress=lambda done, total, loss: progress(
-                f"training after pruning, loss {loss:.4f}", done / total
-            ),
+            progress=_told(progress, "training after pruning"),
         )
     fp32, fp32_state = float_graph(spec, parameters, named)
     if options.method in ("dynamic", "int4"):
@@ -323,9 +321,7 @@ def quantise(
             Plan(options.epochs, options.seed, QAT_LEARNING_RATE),
             numerics=numerics,
             teacher=parameters,
-            progress=lambda done, total, loss: progress(
-                f"training quantised, loss {loss:.4f}", done / total
-            ),
+            progress=_told(progress, "training quantised"),
         )
         scheme = numerics.finished(trained)
     int8, int8_state = quantised_graph(spec, trained, scheme, named)

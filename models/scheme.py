@@ -20,7 +20,7 @@ from typing import Final, Literal
 import numpy as np
 
 from feeds.errors import InputError
-from models.operations import INPUT_POINT, Spec
+from models.operations import Spec
 from models.shapes import FIXED_POINTS, INPUT_ZERO_POINT, Anatomy, PointKind, describe
 
 Rule = Literal["free", "power-of-two"]
@@ -304,8 +304,3 @@ def fit_accumulators(
             for name, unit in zip(group, units, strict=True):
                 scales[name][over & (unit == finest)] *= 2.0
     return fitted
-
-
-def range_of_input(spec: Spec) -> tuple[str, float, float]:
-    """Name and range of the model input."""
-    return INPUT_POINT, -spec.clip, spec.clip

@@ -15,10 +15,6 @@ import numpy as np
 from feeds.errors import InputError
 from models.architectures import architecture
 from models.operations import (
-    CELL_LIMIT,
-    CELL_SCALE,
-    GRU_LIMIT,
-    GRU_SCALE,
     INPUT_POINT,
     TANH_SCALE,
     UNIT_SCALE,
@@ -78,8 +74,6 @@ class Anatomy:
     points : dict of str to PointKind
         What is quantised and how its range is known: ``signed`` and ``positive`` are observed,
         ``unit`` and ``tanh`` are fixed by the function, ``input`` by the clip.
-    state : dict of str to (shape, point)
-        State tensors of one step; the point "" marks those kept as wider integers.
     sensitive : tuple of str
         What `keep` may name besides layers: attention products, softmax, LayerNorm.
     prunable : dict of str to int
@@ -90,7 +84,6 @@ class Anatomy:
 
     layers: dict[str, Layer] = field(default_factory=dict)
     points: dict[str, PointKind] = field(default_factory=dict)
-    state: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     sensitive: list[str] = field(default_factory=list)
     prunable: dict[str, int] = field(default_factory=dict)
     macs: int = 0
@@ -162,16 +155,13 @@ class _Describe(Operations[Shape]):
         return Shape(x.rows, labels, relu, self._point(name, "positive" if relu else "signed"))
 
     def delay(self, name: str, x: Shape, lags: tuple[int, ...]) -> Shape:
-        self.found.state[name] = ((max(lags), x.rows, x.channels), x.point)
         return Shape(x.rows, x.labels * len(lags), x.positive, x.point)
 
     def history(self, name: str, x: Shape, steps: int) -> Shape:
         assert x.rows == 1
-        self.found.state[name] = ((steps - 1, 1, x.channels), x.point)
         return Shape(steps, x.labels, x.positive, x.point)
 
     def maximum(self, name: str, x: Shape, lags: tuple[int, ...]) -> Shape:
-        self.found.state[name] = ((max(lags), x.rows, x.channels), x.point)
         return x
 
     def add(self, name: str, a: Shape, b: Shape, *, relu: bool = False) -> Shape:
@@ -206,8 +196,6 @@ class _Describe(Operations[Shape]):
         self._point(f"{name}.gates", "unit")
         for point in ("candidate", "cell_tanh", "out"):
             self._point(f"{name}.{point}", "tanh")
-        self.found.state[f"{name}.h"] = ((1, len(labels)), f"{name}.out")
-        self.found.state[f"{name}.c"] = ((1, len(labels)), "")
         return h
 
     def gru(self, name: str, x: Shape, units: int) -> Shape:
@@ -221,7 +209,6 @@ class _Describe(Operations[Shape]):
         self._point(f"{name}.gates", "unit")
         for point in ("candidate", "out"):
             self._point(f"{name}.{point}", "tanh")
-        self.found.state[f"{name}.h"] = ((1, len(labels)), "")
         return h
 
     def attend(self, name: str, query: Shape, keys: Shape, values: Shape, heads: int) -> Shape:
@@ -316,8 +303,4 @@ def fold_norms(spec: Spec, parameters: dict[str, np.ndarray]) -> dict[str, np.nd
 FIXED_POINTS: Final[dict[str, tuple[float, int]]] = {
     "unit": (UNIT_SCALE, 0),
     "tanh": (TANH_SCALE, INPUT_ZERO_POINT),
-}
-WIDE_STATE: Final[dict[str, tuple[float, int]]] = {
-    "c": (CELL_SCALE, CELL_LIMIT),
-    "h": (GRU_SCALE, GRU_LIMIT),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -97,28 +96,6 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embargo_ns: int | None = None
     max_levels: int = 16_384
     trigger: TriggerConfig = TriggerConfig()
-
-    def data_key(self) -> str:
-        """Names the data set: what of the request can change it."""
-        semantic = {
-            name: getattr(self, name)
-            for name in (
-                "tapes",
-                "simulate",
-                "signal_strength",
-                "horizon",
-                "label",
-                "threshold",
-                "validation_share",
-                "test_share",
-                "embargo_ns",
-                "max_levels",
-                "trigger",
-            )
-        }
-        if self.simulate:
-            semantic["seed"] = self.seed
-        return hashlib.sha256(msgspec.json.encode(semantic, order="sorted")).hexdigest()
 
 
 def rows_of_tapes(
