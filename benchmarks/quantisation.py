@@ -43,8 +43,8 @@ options = Options(scales="free", observer=observer, symmetric=symmetric == "symm
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 twins = quantise(run.spec, run.parameters, run.data, options)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-numbers, int8 = part_scores(StepSession(twins.int8, twins.state.int8), run.data, TEST)
-_, fp32 = part_scores(StepSession(twins.fp32, twins.state.fp32), run.data, TEST)
+numbers, int8 = part_scores(StepSession(twins.int8, twins.state.int8).stream, run.data, TEST)
+_, fp32 = part_scores(StepSession(twins.fp32, twins.state.fp32).stream, run.data, TEST)
 stretch = next(run.data.stretches(TEST, 0, 4_000))
 x = np.asarray(run.data.x[stretch.begin : stretch.stop])
 served = StepSession(twins.int8, twins.state.int8).run(x)

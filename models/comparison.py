@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -55,9 +55,18 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def part_scores(
-    session: StepSession, data: Dataset, part: int, most: int | None = EVALUATED_ROWS
+    score: Callable[[np.ndarray], np.ndarray],
+    data: Dataset,
+    part: int,
+    most: int | None = EVALUATED_ROWS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of a part as the engine would compute them, and the numbers of the rows.
+
+    Parameters
+    ----------
+    score : callable
+        Scores of consecutive rows of one stream, from a fresh state: `StepSession.stream`, or a
+        network in PyTorch.
 
     Returns
     -------
@@ -67,8 +76,7 @@ def part_scores(
     """
     rows, scores = [], []
     for stretch in data.stretches(part, WARM_UP_ROWS, most):
-        session.reset()
-        answers = session.run(np.asarray(data.x[stretch.begin : stretch.stop]))
+        answers = score(np.asarray(data.x[stretch.begin : stretch.stop]))
         numbers = np.arange(stretch.begin, stretch.stop)
         good = (data.part[numbers] == part) & (data.label[numbers] != NO_LABEL)
         good &= numbers >= stretch.first
@@ -100,7 +108,7 @@ def compare(
     }
     scores, rows = {}, np.empty(0, dtype=np.int64)
     for name, session in sessions.items():
-        rows, scores[name] = part_scores(session, data, part, most)
+        rows, scores[name] = part_scores(session.stream, data, part, most)
     found = {name: measures(data, rows, values) for name, values in scores.items()}
     sample = np.asarray(data.x[rows[:1_000]])
     timed = interleaved_latency(list(sessions.values()), sample)

@@ -82,6 +82,11 @@ class StepSession:
         rows = [self.step(row)[0] for row in np.ascontiguousarray(x, dtype=np.float32)]
         return np.array(rows)
 
+    def stream(self, x: np.ndarray) -> np.ndarray:
+        """Scores of rows from a fresh stream; see `run`, which goes on where it stands."""
+        self.reset()
+        return self.run(x)
+
     def watched(self, x: np.ndarray) -> dict[str, np.ndarray]:
         """The watched tensors of each row, stacked."""
         rows = [self.step(row)[1:] for row in np.ascontiguousarray(x, dtype=np.float32)]

@@ -19,7 +19,7 @@ from feeds.simulator import Simulator
 from feeds.tape import InstrumentMeta
 from feeds.tape_reader import TapeReader
 from models.architectures import architecture
-from models.comparison import measures
+from models.comparison import measures, part_scores
 from models.dataset import Rows, collect, joined
 from models.execute import scores_of
 from models.labels import CLASSES
@@ -28,7 +28,6 @@ from models.operations import Spec
 from models.runs import CHECKPOINT_NAME, RUN_NAME, RunRecord, save_run
 from models.sequences import (
     FACTS_NAME,
-    NO_LABEL,
     PARTS,
     TEST,
     TRAIN,
@@ -47,7 +46,6 @@ SIMULATED_INSTRUMENTS: Final = 4
 SIMULATED_LEVELS: Final = 512
 REQUEST_NAME: Final = "request.json"
 POSTERIOR_NAME: Final = "posterior.npy"
-WARM_UP_ROWS: Final = 256
 BASELINE_EPOCHS: Final = 2
 Progress = Callable[[str, float], None]
 
@@ -234,17 +232,9 @@ def prepare(request: Request, folder: Path, progress: Progress) -> tuple[Dataset
 def float_scores(
     spec: Spec, parameters: dict[str, np.ndarray], data: Dataset, part: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labelled rows of a part and the float network's scores, by PyTorch."""
-    rows, scores = [], []
+    """Labelled rows of a whole part and the float network's scores, by PyTorch."""
     with one_thread():
-        for stretch in data.stretches(part, WARM_UP_ROWS):
-            numbers = np.arange(stretch.begin, stretch.stop)
-            found = scores_of(spec, parameters, np.asarray(data.x[stretch.begin : stretch.stop]))
-            good = (data.part[numbers] == part) & (data.label[numbers] != NO_LABEL)
-            good &= numbers >= stretch.first
-            rows.append(numbers[good])
-            scores.append(found[good])
-    return np.concatenate(rows), np.concatenate(scores)
+        return part_scores(lambda x: scores_of(spec, parameters, x), data, part, None)
 
 
 def train_run(

@@ -173,7 +173,9 @@ class Evaluator:
         self._rows, self._validation_rows = rows, validation_rows
         self._runs, self._rounds = latency_runs // rounds, rounds
         self._float = StepSession(*float_graph(spec, parameters, {}))
-        numbers, self._reference = part_scores(self._float, data, VALIDATION, validation_rows)
+        numbers, self._reference = part_scores(
+            self._float.stream, data, VALIDATION, validation_rows
+        )
         chosen = np.random.default_rng(seed).choice(numbers, min(TIMED_ROWS, len(numbers)), False)
         self._timed = np.asarray(data.x[np.sort(chosen)])
         self._observers: dict[str, dict[str, Observer]] = {}
@@ -257,7 +259,7 @@ class Evaluator:
         return self._ranges[key]
 
     def _measure(self, session: StepSession, size: int, begin: float) -> Measured:
-        _, scores = part_scores(session, self._data, VALIDATION, self._validation_rows)
+        _, scores = part_scores(session.stream, self._data, VALIDATION, self._validation_rows)
         other = scores.argmax(axis=1) != self._reference.argmax(axis=1)
         timed, ratio, error = self._time(session)
         middle = np.round(np.median(timed, axis=0), 3)
