@@ -193,6 +193,7 @@ def encode_instrument(
     lot: Decimal,
     exchange_time_ns: int = 0,
     source_time_ns: int = 0,
+    flags: int = 0,
 ) -> bytes:
     """An Instrument; ``seq`` is that of the last message sent, it takes no number of its own."""
     (tick_mantissa, tick_exponent), (lot_mantissa, lot_exponent) = (
@@ -208,7 +209,7 @@ def encode_instrument(
         seq,
         exchange_time_ns,
         source_time_ns,
-        0,
+        flags,
     ) + struct.pack(
         "<16s32sqqbb6x",
         ascii_field(venue, 16, "venue"),

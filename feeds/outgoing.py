@@ -25,6 +25,7 @@ from feeds.wire import (
     AT_SOURCE_ID,
     AT_SOURCE_TIME,
     DELTA,
+    FLAG_ANSWER,
     FLAG_SOURCE_GAP,
     GROUP_HEADER_BYTES,
     HEADER_BYTES,
@@ -209,9 +210,11 @@ def index_records(buf, start, stop, keys, numbers, shift_ns, places, changes):  
             first_epoch = epoch
         if epoch == first_epoch:
             shift = numbers[slot, SEQ_SHIFT]
-        if template == SNAPSHOT and seq <= last and numbers[slot, KNOWN] == 1:
-            continue  # an answer of a snapshot service that changes nothing
-        if load_i64(buf, body + AT_FLAGS) & FLAG_SOURCE_GAP or (takes_seq and seq > last + 1):
+        flags = load_i64(buf, body + AT_FLAGS)
+        if template == SNAPSHOT and numbers[slot, KNOWN] == 1:
+            if seq <= last or flags & FLAG_ANSWER:
+                continue  # an answer of a snapshot service that changes nothing
+        if flags & FLAG_SOURCE_GAP or (takes_seq and seq > last + 1):
             numbers[slot, KNOWN] = 0
             row = put_mark(changes, row, slot, LOST_MARK, seq)
         if template == SNAPSHOT:

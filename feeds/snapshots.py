@@ -213,6 +213,7 @@ class SnapshotService:
             "seq": seq,
             "exchange_time_ns": exchange_ns,
             "source_time_ns": exchange_ns,
+            "flags": wire.FLAG_ANSWER,
         }
         instrument = codec.encode_instrument(
             venue=venue, symbol=symbol, tick=Decimal(meta.tick), lot=Decimal(meta.lot), **keys

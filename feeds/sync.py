@@ -5,6 +5,9 @@
        ▲                     │                          │
        └─────────────────────┴─── new sequence ─────────┘
 
+An answer of the snapshot service comes on another socket than the stream: it may overtake what the
+stream still brings, or be older than the stream's first message. Neither is a loss.
+
 `classify` looks at one message and says what to do with it; the caller does it. A hole holds back
 what follows it. It closes by the missing message itself (it was only late) or by a snapshot that
 covers it. A new sequence is a higher epoch; or, from a source that breaks the contract, a sequence
@@ -168,6 +171,12 @@ def classify(row, held, buf, start):  # type: ignore[no-untyped-def]
         row[WANT_SNAPSHOT] = 1
 
     if not takes_seq and template != SNAPSHOT:
+        if flags & FLAG_ANSWER:
+            return DROP  # it may overtake what the stream still brings: no sign of a loss
+        if seen < 0 and state == SYNCED and seq > last:
+            # The answer was made before the subscription took hold: nothing is lost.
+            _start_over(row)
+            return DROP
         if seen >= 0 and seq > seen:
             row[LOST] += seq - seen
             row[SEEN_SEQ] = seq
@@ -202,6 +211,10 @@ def classify(row, held, buf, start):  # type: ignore[no-untyped-def]
             row[LAST_SEQ] = seq
             row[REPEATS] = 0
             return APPLY
+        if seen < 0 and seq > last:
+            _start_over(row)  # as above, told by the first message of the stream
+            row[SEEN_SEQ] = seq
+            return HOLD
         if seq <= last:
             if seq <= seen:
                 return _repeated(row)

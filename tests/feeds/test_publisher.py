@@ -225,6 +225,9 @@ def test_a_late_joiner_gets_the_book_as_of_the_seq_it_carries(tmp_path: Path) ->
         assert topic == same == ALPHA
         assert codec.template_id(instrument) == wire.INSTRUMENT
         assert numbers(instrument) == numbers(snapshot)
+        for answer in (instrument, snapshot):
+            (flags,) = struct.unpack_from("<q", answer, wire.AT_FLAGS)
+            assert flags == wire.FLAG_ANSWER
         assert as_book(snapshot) == books[numbers(snapshot)[1]]
     assert codec.template_id(rejected[1]) == wire.REJECT
     assert b"sim.ALPHA, sim.BETA" in rejected[1]

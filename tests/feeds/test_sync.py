@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pytest
 
@@ -286,3 +288,33 @@ def test_random_disorder_never_skips_and_never_repeats() -> None:
             assert stream.applied == list(range(2, missing[0]))
             stream.snapshot(39, answer=True)
             assert stream.state == "SYNCED"
+
+
+def test_an_answers_definition_that_overtakes_the_stream_is_no_sign_of_a_loss() -> None:
+    stream = synced(10)
+    stream.take(
+        codec.encode_instrument(
+            1, 0, 1, 150, "sim", "ALPHA", Decimal(1), Decimal(1), flags=wire.FLAG_ANSWER
+        )
+    )
+    stream.snapshot(150, answer=True)
+    assert stream.state == "SYNCED"
+    stream.send(*range(11, 160))
+    assert stream.applied == list(range(2, 160))
+    assert [stream.count(column) for column in (sync.LOST, sync.GAPS, sync.DUPLICATES)] == [0, 0, 0]
+
+
+def test_an_answer_made_before_the_subscription_took_hold_is_no_gap() -> None:
+    for first in ("message", "heartbeat"):
+        stream = Stream().snapshot(5, answer=True)
+        assert stream.state == "SYNCED"
+        if first == "heartbeat":
+            stream.heartbeat(8)
+            assert stream.state == "SYNCING"
+        stream.send(9, 10)
+        assert stream.state == "SYNCING"
+        assert stream.count(sync.WANT_SNAPSHOT) == 1
+        stream.snapshot(10, answer=True).send(11)
+        assert stream.state == "SYNCED"
+        assert stream.applied == [11]
+        assert stream.count(sync.GAPS) == stream.count(sync.LOST) == 0
