@@ -30,7 +30,8 @@ import json, resource, sys
 from pathlib import Path
 import numpy as np
 from models.comparison import part_scores
-from models.execute import SchemeNumerics, scores_of
+from models.execute import scores_of
+from models.numerics import SchemeNumerics
 from models.quantisation import Options, quantise
 from models.runs import load_run
 from models.sequences import TEST

@@ -225,7 +225,8 @@ class Pipeline:
             if backend is None:
                 self._outputs.fill(0.0)
             else:
-                if self.take_stream_reset(slot):
+                if self._track[slot, kernel.STREAM_RESET]:
+                    self.take_stream_reset(slot)
                     backend.reset(slot)
                 try:
                     backend.infer(slot, self.x, self._outputs)

@@ -14,7 +14,7 @@ from engine.backends.exactness import prove_exact
 from engine.bundle import load_bundle
 from models.calibration import FeatureHistogram
 from models.comparison import Comparison, compare
-from models.execute import SchemeNumerics, scores_of
+from models.execute import scores_of
 from models.export import (
     CALIBRATION_NAME,
     GOLDEN_NAME,
@@ -25,6 +25,7 @@ from models.export import (
     write_bundle,
 )
 from models.labels import CLASSES
+from models.numerics import SchemeNumerics
 from models.quantisation import WARM_UP_ROWS, Options, Quantised, quantise
 from models.report.bundle_report import write_report
 from models.runs import Run

@@ -20,8 +20,9 @@ from engine.manifest import Numerics, StateSection
 from feeds.errors import InputError
 from models.architectures import architecture
 from models.calibration import check_rows
-from models.execute import ObservingNumerics, SchemeNumerics, run, scores_of, tensors
+from models.execute import run, scores_of, tensors
 from models.metrics import softmax
+from models.numerics import ObservingNumerics, SchemeNumerics
 from models.observers import Observer, make_observer
 from models.operations import Spec
 from models.prune import pruned

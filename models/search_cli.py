@@ -58,8 +58,9 @@ def tune(
 
     need_models_extra("octick model tune")
     from models.runs import SEARCH_FOLDER, SEARCH_NAME, load_run
-    from models.search.compare import compare_searches, pareto_front, plot_front
+    from models.search.compare import compare_searches, plot_front
     from models.search.evaluator import Evaluator
+    from models.search.front import pareto_front
 
     loaded = load_run(run)
     folder = out or run / SEARCH_FOLDER

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from feeds.errors import InputError
 from models.architectures import architecture
-from models.execute import FLOAT, Numerics, arrays, run, tensors
+from models.execute import arrays, run, tensors
+from models.numerics import FLOAT, Numerics
 from models.operations import Spec
 from models.sequences import NO_LABEL, TRAIN, Dataset
 

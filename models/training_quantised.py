@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.execute import quantise, round_through, wide_steps
+from models.numerics import quantise, round_through, wide_steps
 from models.operations import Spec
 from models.scheme import (
     INT8_MAX,

@@ -25,8 +25,9 @@ from engine.backends.onnx import session_options
 from engine.bundle import Bundle, check_files
 from feeds.errors import InputError
 from models.dataset import Normalisation
-from models.execute import FLOAT, SchemeNumerics, scores_of
+from models.execute import scores_of
 from models.export import FEATURES_NAME, GOLDEN_NAME, RESEARCH_FP32_NAME, RESEARCH_INT8_NAME
+from models.numerics import FLOAT, SchemeNumerics
 from models.source import SOURCE_NAME, Source, load_source
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
 from models.step_session import StepSession, watched

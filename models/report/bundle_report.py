@@ -17,9 +17,10 @@ from engine.manifest import MANIFEST_NAME
 from feeds.errors import InputError
 from models.calibration import FeatureHistogram
 from models.comparison import LATENCY_RUNS, interleaved_latency
-from models.execute import FloatNumerics, run, tensors
+from models.execute import run, tensors
 from models.export import GOLDEN_NAME, REPORT_NAME
 from models.foreign.quantise import int8_nodes
+from models.numerics import FloatNumerics
 from models.operations import Spec
 from models.quantisation import Quantised
 from models.report.html import RangeFacts, ReportFacts, html_report

@@ -1,8 +1,8 @@
 """Searching for the best ways to quantise a network: three searchers, one judge, one budget.
 
-`search_random` draws choices evenly; `search_optuna` asks a multi-objective tree-structured Parzen
-estimator (Bergstra et al. 2011; Ozaki et al. 2022); `search_reinforce` is a small agent of our
-own that learns by policy gradient (Williams 1992). All of them ask the same evaluator
+``random`` draws choices evenly; ``optuna`` asks a multi-objective tree-structured Parzen estimator
+(Bergstra et al. 2011; Ozaki et al. 2022); ``reinforce`` is a small agent of our own that learns by
+policy gradient (Williams 1992). All of them ask the same evaluator
 (`models.search.evaluator`), start from the default choice, and spend the same budget: choices they
 have not asked for before. `compare_searches` holds them against each other, budget for budget.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +23,10 @@ import msgspec
 import numpy as np
 
 from feeds.errors import InputError
-from models.search.evaluator import Header, Judge, Measured, Trial, TrialLog
+from models.search.evaluator import Judge, Measured
+from models.search.front import hypervolume, pareto_front, points_of
 from models.search.space import SEARCHERS, Choice, Indices, Point
+from models.search.trial_log import Header, Trial, TrialLog
 
 REFERENCE: Final = (0.1, 4.0)  # disagreement and latency ratio that are worth nothing
 MAX_REPEATS: Final = 5  # known proposals in a row, before an unknown choice is drawn instead
@@ -93,54 +95,6 @@ class SearchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             }
             for trial in self.front
         ]
-
-
-def points_of(trials: Iterable[Trial]) -> list[Point]:
-    """Objectives of the trials that could be quantised."""
-    return [trial.measured.objectives for trial in trials if not trial.measured.refused]
-
-
-def pareto_front(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Trials that no other one beats in one objective without losing in the other.
-
-    Sorted by disagreement. Of several with the same objectives the one with the least divergence
-    stands for all, then the earliest; refused choices are none.
-    """
-    able = [trial for trial in trials if not trial.measured.refused]
-    able.sort(key=lambda t: (*t.measured.objectives, t.measured.divergence, t.number))
-    front: list[Trial] = []
-    for trial in able:
-        if not front or trial.measured.latency_ratio < front[-1].measured.latency_ratio:
-            front.append(trial)
-    return tuple(front)
-
-
-def hypervolume(points: Iterable[Point], reference: Point) -> float:
-    """Area that points dominate, up to a reference point; both objectives are to be small.
-
-    Source: Zitzler and Thiele (1999), "Multiobjective Evolutionary Algorithms".
-    """
-    area, lowest = 0.0, reference[1]
-    for first, second in sorted(points):
-        if first < reference[0] and second < lowest:
-            area += (reference[0] - first) * (lowest - second)
-            lowest = second
-    return area
-
-
-def search_random(evaluator: Judge, trials: int, seed: int, **options: Any) -> SearchResult:
-    """Search by drawing evenly: what the others must beat. See `search`."""
-    return search("random", evaluator, trials, seed, **options)
-
-
-def search_optuna(evaluator: Judge, trials: int, seed: int, **options: Any) -> SearchResult:
-    """Search with Optuna, see `OptunaSearcher` and `search`."""
-    return search("optuna", evaluator, trials, seed, **options)
-
-
-def search_reinforce(evaluator: Judge, trials: int, seed: int, **options: Any) -> SearchResult:
-    """Search with an agent, see `ReinforceSearcher` and `search`."""
-    return search("reinforce", evaluator, trials, seed, **options)
 
 
 def search(

@@ -9,7 +9,8 @@ import onnx
 
 from engine.manifest import StateTensor
 from models.architectures import architecture
-from models.execute import ObservingNumerics, scores_of
+from models.execute import scores_of
+from models.numerics import ObservingNumerics
 from models.observers import make_observer
 from models.operations import Spec
 from models.quantised_graph import quantised_graph

@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feeds.errors import InputError
+from models.histogram import SIDE_BINS, Histogram
 from models.observers import (
     AVERAGING,
     LEVELS,
     OBSERVERS,
     SHRINKS,
-    SIDE_BINS,
     TAILS,
-    Histogram,
     HistogramObserver,
     Observer,
     divergence,

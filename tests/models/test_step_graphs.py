@@ -12,8 +12,9 @@ from engine.backends.integer_reference import IntegerReference
 from engine.backends.onnx import session_options
 from feeds.errors import InputError
 from models.dataset import Normalisation
-from models.execute import SchemeNumerics, scores_of
+from models.execute import scores_of
 from models.export import FEATURES_NAME, research_graph
+from models.numerics import SchemeNumerics
 from models.operations import Spec
 from models.scheme import MAX_ACCUMULATOR, is_power_of_two, make_scheme
 from models.shapes import describe, fold_norms
@@ -222,7 +223,8 @@ def test_an_unknown_architecture_and_too_few_features_are_refused() -> None:
 def test_layer_norm_takes_a_correctly_rounded_root() -> None:
     import torch
 
-    from models.execute import SchemeNumerics, Value, _Run
+    from models.execute import Value, _Run
+    from models.numerics import SchemeNumerics
 
     made = twins("attention")
     scale = made.scheme.points["attention.sum"].scale

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from feeds.errors import InputError
-from models.execute import SchemeNumerics, scores_of
+from models.execute import scores_of
+from models.numerics import SchemeNumerics
 from models.observers import make_observer
 from models.operations import Spec
 from models.scheme import Rule, Scheme, is_power_of_two, make_scheme
@@ -106,7 +107,7 @@ def test_windows_lie_in_one_stream_and_touch_their_part(data: Dataset) -> None:
 
 
 def calibrated(spec: Spec, parameters: dict[str, np.ndarray], data: Dataset, rule: Rule) -> Scheme:
-    from models.execute import ObservingNumerics
+    from models.numerics import ObservingNumerics
 
     observers = {name: make_observer("percentile-99.99", name) for name in describe(spec).points}
     stretch = next(data.stretches(VALIDATION, 64))

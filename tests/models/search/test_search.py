@@ -23,16 +23,13 @@ from models.search.compare import (
     REFERENCE,
     SearchResult,
     compare_searches,
-    hypervolume,
-    pareto_front,
     plot_front,
     search,
-    search_optuna,
-    search_random,
-    search_reinforce,
 )
-from models.search.evaluator import Evaluator, Header, Measured, Trial, TrialLog
+from models.search.evaluator import Evaluator, Measured
+from models.search.front import hypervolume, pareto_front
 from models.search.space import SEARCHERS, Choice, Decision, Point, SearchSpace
+from models.search.trial_log import Header, Trial, TrialLog
 from models.sequences import Dataset, make_dataset
 from models.shapes import fold_norms, initial_parameters
 from models.training import Plan, train
@@ -235,15 +232,6 @@ def test_the_agent_leans_where_it_is_told_to() -> None:
     faithful, fast = agent.policy(-0.9), agent.policy(0.9)  # type: ignore[attr-defined]
     for layer in range(len(judge.space.layers)):
         assert fast[layer][0] > 0.5 > faithful[layer][0]
-
-
-def test_the_named_searches_are_the_searchers() -> None:
-    for function, name in (
-        (search_random, "random"),
-        (search_optuna, "optuna"),
-        (search_reinforce, "reinforce"),
-    ):
-        assert function(KnownFront(), 8, 1).trials == search(name, KnownFront(), 8, 1).trials
 
 
 def test_an_unknown_searcher_is_refused() -> None:
