@@ -17,10 +17,11 @@ SEVERITIES: Final = ("none", "info", "warning", "critical")
 _HEADER: Final = struct.Struct("<HHHH")
 _GROUP: Final = struct.Struct("<HH")
 _SIGNAL: Final = struct.Struct("<16s32sQQQQqBBBBBBHI4xqqQQQI4xQQqqq16s")
-_STATE: Final = struct.Struct("<QQqQQQQQQQIIqqQQQQ")
+_STATE: Final = struct.Struct("<QQqQQQQQQQIIqqQQQQBB6xQQQQQQffff")
 _ALERT: Final = struct.Struct("<QQq16s32sB7x128s")
 assert _SIGNAL.size == wire.SIGNAL_BLOCK
 assert _STATE.size == wire.ENGINE_STATE_BLOCK
+_AT_MODE: Final = 18  # of the mode among the state's fields; the shadow's state follows
 assert _ALERT.size == wire.ALERT_BLOCK
 
 
@@ -56,7 +57,7 @@ class Signal(msgspec.Struct, eq=False):
     reasons : tuple of str
         Names of the reasons it is suppressed for.
     value_check : int
-        Violation bitmask of the value check; 0 is clean.
+        Violation bitmask of the value check; 0 is clean, see `engine.trust.check_names`.
     best_bid_ticks, best_ask_ticks : int
         The top of the book it was computed from.
     outputs : numpy.ndarray
@@ -73,6 +74,8 @@ class Signal(msgspec.Struct, eq=False):
         First signal of a newer engine run.
     conflict : bool
         Another engine publishes this instrument at the same endpoint.
+    conflict_why : str
+        What is different about that engine: "another engine with model 0123456789abcdef, ...".
     """
 
     kind: ClassVar[str] = "signal"
@@ -109,10 +112,16 @@ class Signal(msgspec.Struct, eq=False):
     lost_before: int = 0
     restarted: bool = False
     conflict: bool = False
+    conflict_why: str = ""
 
 
 class EngineState(msgspec.Struct):
-    """How the engine is: counters since its start, latency quantiles in nanoseconds, hashes."""
+    """How the engine is: counters since its start, latency quantiles in nanoseconds, hashes.
+
+    ``mode`` is INT8, FP32 or HALTED; ``divergence_*`` the greatest difference of a score between
+    both models, of all inferences that the shadow answered; ``drift`` the worst population
+    stability index of an input.
+    """
 
     kind: ClassVar[str] = "state"
 
@@ -134,6 +143,18 @@ class EngineState(msgspec.Struct):
     model_hash: int
     config_hash: int
     feature_hash: int
+    mode: str
+    shadow_state: str
+    transitions: int
+    violations: int
+    shadow_answers: int
+    shadow_missed: int
+    disagreements: int
+    swaps: int
+    divergence_p50: float
+    divergence_p99: float
+    divergence_max: float
+    drift: float
 
 
 class Alert(msgspec.Struct):
@@ -166,7 +187,10 @@ def decode(payload: bytes) -> Message | None:
     if template == wire.SIGNAL and block >= wire.SIGNAL_BLOCK:
         return _signal(payload, wire.HEADER_BYTES + block)
     if template == wire.ENGINE_STATE and block >= wire.ENGINE_STATE_BLOCK:
-        return EngineState(*_STATE.unpack_from(payload, wire.HEADER_BYTES))
+        values = list(_STATE.unpack_from(payload, wire.HEADER_BYTES))
+        values[_AT_MODE] = _name(trust.MODES, values[_AT_MODE])
+        values[_AT_MODE + 1] = _name(trust.SHADOW_STATES, values[_AT_MODE + 1])
+        return EngineState(*values)
     if template == wire.ALERT and block >= wire.ALERT_BLOCK:
         epoch, seq, now_ns, venue, symbol, severity, text = _ALERT.unpack_from(
             payload, wire.HEADER_BYTES

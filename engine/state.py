@@ -10,17 +10,19 @@ import numpy as np
 from feeds import codec, wire
 
 STATE_TOPIC: Final = b"state.engine"
+ALERT_TOPIC: Final = b"alert.engine"  # what is about no single instrument
 
 INFO: Final = 1
 WARNING: Final = 2
 CRITICAL: Final = 3
 
 
-def encode_state(values: Mapping[str, int]) -> bytes:
+def encode_state(values: Mapping[str, float]) -> bytes:
     """An EngineState; ``values`` names every field of `feeds.wire.ENGINE_STATE_DTYPE`."""
     block = np.zeros(1, dtype=wire.ENGINE_STATE_DTYPE)
     for name in wire.ENGINE_STATE_DTYPE.names or ():
-        block[name] = values[name]
+        if name != "padding":
+            block[name] = values[name]
     return codec.header(wire.ENGINE_STATE, wire.ENGINE_STATE_BLOCK) + block.tobytes()
 
 

@@ -23,6 +23,7 @@ from feeds.wire import (
     LEVEL_BYTES,
     LEVEL_DTYPE,
     MAX_LEVELS_A_GROUP,
+    OUTPUT_BYTES,
     PREFIX_BYTES,
     REJECT,
     REJECT_BLOCK,
@@ -283,8 +284,19 @@ def decode_levels(message: bytes | memoryview) -> tuple[np.ndarray, np.ndarray]:
     return sides[0], sides[1]
 
 
-def decode_outputs(message: bytes | memoryview) -> np.ndarray:
-    """Model outputs of a Signal, float32 of shape (n,), as a view."""
+def decode_floats(message: bytes | memoryview, groups: int) -> list[np.ndarray]:
+    """The float32 groups that follow a block, as views: a Signal has one, a ShadowAnswer two."""
     at = HEADER_BYTES + int.from_bytes(bytes(message[0:2]), "little")
-    _, count = _GROUP.unpack_from(message, at)
-    return np.frombuffer(message, dtype="<f4", count=count, offset=at + GROUP_HEADER_BYTES)
+    found = []
+    for _ in range(groups):
+        entry, count = _GROUP.unpack_from(message, at)
+        at += GROUP_HEADER_BYTES
+        found.append(np.frombuffer(message, dtype="<f4", count=count, offset=at))
+        at += entry * count
+    return found
+
+
+def encode_floats(values: np.ndarray) -> bytes:
+    """One group of float32."""
+    array = np.ascontiguousarray(values, dtype="<f4")
+    return _GROUP.pack(OUTPUT_BYTES, len(array)) + array.tobytes()

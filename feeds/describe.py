@@ -19,6 +19,8 @@ NAMES: Final = {
     wire.SNAPSHOT_REQUEST: "SnapshotRequest",
     wire.REJECT: "Reject",
     wire.TIMER: "Timer",
+    wire.CONTROL: "Control",
+    wire.SHADOW_ANSWER: "ShadowAnswer",
     wire.SIGNAL: "Signal",
     wire.ENGINE_STATE: "EngineState",
     wire.ALERT: "Alert",
@@ -32,6 +34,8 @@ BLOCKS: Final = {
     wire.SNAPSHOT_REQUEST: np.dtype([("venue", "S16"), ("symbol", "S32")]),
     wire.REJECT: wire.REJECT_DTYPE,
     wire.TIMER: np.dtype([("now_ns", "<i8")]),
+    wire.CONTROL: wire.CONTROL_DTYPE,
+    wire.SHADOW_ANSWER: wire.SHADOW_ANSWER_DTYPE,
     wire.SIGNAL: wire.SIGNAL_DTYPE,
     wire.ENGINE_STATE: wire.ENGINE_STATE_DTYPE,
     wire.ALERT: wire.ALERT_DTYPE,
@@ -73,11 +77,17 @@ def describe(message: bytes | memoryview) -> dict[str, Any]:
             out["bids"] = [list(level) for level in bids.tolist()]
             out["asks"] = [list(level) for level in asks.tolist()]
         elif template == wire.SIGNAL:
-            outputs = codec.decode_outputs(data).tolist()
-            out["outputs"] = [value if value == value else None for value in outputs]
+            out["outputs"] = _numbers(codec.decode_floats(data, 1)[0])
+        elif template == wire.SHADOW_ANSWER:
+            fp32, int8 = codec.decode_floats(data, 2)
+            out["fp32"], out["int8"] = _numbers(fp32), _numbers(int8)
     except (InputError, AssertionError, ValueError, struct.error):
         return {"message": out["message"], "bytes": data.hex()}
     return out
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [value if value == value else None for value in values.tolist()]
 
 
 def _plain(name: str, value: Any) -> Any:

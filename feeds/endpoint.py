@@ -99,3 +99,9 @@ def _listens(path: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether only processes of this machine can reach an endpoint."""
+    transport, _, rest = endpoint.partition("://")
+    return transport != "tcp" or rest.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")

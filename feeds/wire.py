@@ -20,7 +20,7 @@ from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64, store_u16, s
 
 SCHEMA_PATH: Final = Path(__file__).with_name("schema.xml")
 SCHEMA_ID: Final = 7311
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 # Template ids.
 INSTRUMENT: Final = 1
@@ -31,6 +31,8 @@ HEARTBEAT: Final = 5
 SNAPSHOT_REQUEST: Final = 6
 REJECT: Final = 7
 TIMER: Final = 16
+CONTROL: Final = 17
+SHADOW_ANSWER: Final = 18
 SIGNAL: Final = 32
 ENGINE_STATE: Final = 33
 ALERT: Final = 34
@@ -44,9 +46,11 @@ INSTRUMENT_BLOCK: Final = 120
 TRADE_BLOCK: Final = 80
 REJECT_BLOCK: Final = 184
 TIMER_BLOCK: Final = 8
+CONTROL_BLOCK: Final = 376
+SHADOW_ANSWER_BLOCK: Final = 72
 SIGNAL_BLOCK: Final = 208
 SIGNAL_CANONICAL_BLOCK: Final = 152
-ENGINE_STATE_BLOCK: Final = 136
+ENGINE_STATE_BLOCK: Final = 208
 ALERT_BLOCK: Final = 208
 OUTPUT_BYTES: Final = 4
 MAX_LEVELS_A_GROUP: Final = 65_534  # SBE keeps 65535 of a uint16 for null
@@ -132,6 +136,30 @@ TRADE_DTYPE: Final = np.dtype(
 REJECT_DTYPE: Final = np.dtype(
     [("venue", "S16"), ("symbol", "S32"), ("reason", "S128"), ("code", "u1"), ("padding", "V7")]
 )
+CONTROL_DTYPE: Final = np.dtype(
+    [
+        ("now_ns", "<i8"),
+        ("value", "<i8"),
+        ("model_hash", "<u8"),
+        ("signal_seq", "<u8"),
+        ("command", "u1"),
+        ("padding", "V7"),
+        ("venue", "S16"),
+        ("symbol", "S32"),
+        ("by", "S32"),
+        ("text", "S256"),
+    ]
+)
+SHADOW_ANSWER_DTYPE: Final = np.dtype(
+    [
+        ("ticket", "<u8"),
+        ("signal_seq", "<u8"),
+        ("venue", "S16"),
+        ("symbol", "S32"),
+        ("flags", "<u4"),
+        ("padding", "V4"),
+    ]
+)
 LEVEL_DTYPE: Final = np.dtype([("price_ticks", "<i8"), ("quantity_lots", "<i8")])
 SIGNAL_DTYPE: Final = np.dtype(
     [
@@ -187,6 +215,19 @@ ENGINE_STATE_DTYPE: Final = np.dtype(
         ("model_hash", "<u8"),
         ("config_hash", "<u8"),
         ("feature_hash", "<u8"),
+        ("mode", "u1"),
+        ("shadow_state", "u1"),
+        ("padding", "V6"),
+        ("transitions", "<u8"),
+        ("violations", "<u8"),
+        ("shadow_answers", "<u8"),
+        ("shadow_missed", "<u8"),
+        ("disagreements", "<u8"),
+        ("swaps", "<u8"),
+        ("divergence_p50", "<f4"),
+        ("divergence_p99", "<f4"),
+        ("divergence_max", "<f4"),
+        ("drift", "<f4"),
     ]
 )
 ALERT_DTYPE: Final = np.dtype(
@@ -204,6 +245,8 @@ ALERT_DTYPE: Final = np.dtype(
 assert INSTRUMENT_DTYPE.itemsize == INSTRUMENT_BLOCK
 assert TRADE_DTYPE.itemsize == TRADE_BLOCK
 assert REJECT_DTYPE.itemsize == REJECT_BLOCK
+assert CONTROL_DTYPE.itemsize == CONTROL_BLOCK
+assert SHADOW_ANSWER_DTYPE.itemsize == SHADOW_ANSWER_BLOCK
 assert SIGNAL_DTYPE.itemsize == SIGNAL_BLOCK
 assert SIGNAL_DTYPE.fields is not None
 assert SIGNAL_DTYPE.fields["engine_epoch"][1] == SIGNAL_CANONICAL_BLOCK
