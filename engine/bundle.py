@@ -4,10 +4,11 @@ A bundle is a folder of three files that serve, and whatever else its manifest l
 
 ``manifest.json``
     `Manifest`: numerics, feature schema, normalisation, classes, state, SHA-256 of both models,
-    and the hash over all of it that stands in every signal.
+    value check, and the hash over all of it that stands in every signal.
 ``model.int8.onnx``, ``model.fp32.onnx``
     The quantised model and its float twin: float32 (1, features) in, float32 (1, classes) out,
-    and behind them one input and one output for each `StateTensor`, in the manifest's order.
+    and behind them one input and one output for each `StateTensor`, in the manifest's order, and
+    last the output of the value check, where the manifest has one.
     Both carry the feature schema in their ``metadata_props`` under `METADATA_KEY`.
 
 Only ONNX Runtime is needed to read one. `models` writes them.
@@ -30,6 +31,7 @@ from engine.manifest import (
     MANIFEST_NAME,
     METADATA_KEY,
     REBUILD,
+    CheckSection,
     InputSection,
     Manifest,
     Numerics,
@@ -49,6 +51,7 @@ __all__ = [
     "MANIFEST_NAME",
     "METADATA_KEY",
     "Bundle",
+    "CheckSection",
     "InputSection",
     "Manifest",
     "Numerics",
@@ -61,7 +64,11 @@ __all__ = [
 ]
 
 MAX_MODEL_BYTES: Final = 1 << 30
-ONNX_DTYPES: Final = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+ONNX_DTYPES: Final = {
+    "uint8": "tensor(uint8)",
+    "float32": "tensor(float)",
+    "int32": "tensor(int32)",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +114,25 @@ class Bundle:
     def n_outputs(self) -> int:
         """Length of the model output."""
         return len(self.classes)
+
+    @property
+    def checks(self) -> CheckSection | None:
+        """The value check of both graphs; None where they have none."""
+        return self.manifest.checks
+
+    @property
+    def input_bound(self) -> np.ndarray:
+        """Greatest true ``|x|`` before the clip, float64 of shape (features,); inf unchecked."""
+        if self.checks is None:
+            return np.full(self.n_features, np.inf)
+        return np.array(self.checks.input_bound, dtype=np.float64)
+
+    @property
+    def max_constant(self) -> np.ndarray:
+        """Rows that an input may stay the same, int64 of shape (features,); 0 is not checked."""
+        if self.checks is None:
+            return np.zeros(self.n_features, dtype=np.int64)
+        return np.array(self.checks.max_constant, dtype=np.int64)
 
     def state(self, precision: str) -> tuple[StateTensor, ...]:
         """What the model of a precision ("int8" or "fp32") remembers; empty for most models.
@@ -260,15 +286,18 @@ def _check_model(
         session.get_inputs(),
         [(manifest.input.name, "float32", (1, n)), *((t.input, t.dtype, t.shape) for t in state)],
     )
-    _check_ends(
-        path,
-        "output",
-        session.get_outputs(),
-        [
-            (manifest.output.name, "float32", (1, classes)),
-            *((t.output, t.dtype, t.shape) for t in state),
-        ],
-    )
+    outputs: list[tuple[str, str, tuple[int, ...]]] = [
+        (manifest.output.name, "float32", (1, classes)),
+        *((t.output, t.dtype, t.shape) for t in state),
+    ]
+    if manifest.checks is not None:
+        outputs.append((manifest.checks.output, "int32", (1,)))
+    _check_ends(path, "output", session.get_outputs(), outputs)
+
+
+def _role(dtype: str) -> str:
+    """What an end behind the first is: a state is never int32, and the value check always."""
+    return "value check" if dtype == "int32" else "state"
 
 
 def _check_ends(
@@ -281,7 +310,7 @@ def _check_ends(
         if ends[i : i + 1] != [wanted]:
             raise InputError(
                 f"wrong model {kind}",
-                where=f"{path}: {kind} of the graph" + (f", state {name}" if i else ""),
+                where=f"{path}: {kind} of the graph" + (f", {_role(dtype)} {name}" if i else ""),
                 expected=wanted,
                 found=ends[i] if i < len(ends) else "none",
                 fix=REBUILD,

@@ -28,6 +28,9 @@ MAX_MANIFEST_BYTES: Final = 1 << 20
 MAX_CLASSES: Final = 254  # a signal keeps 255 for "no class"
 MAX_STATE_TENSORS: Final = 1024
 MAX_STATE_BYTES: Final = 1 << 24  # of one stream, all tensors together
+MAX_CONSTANT_ROWS: Final = 1 << 31
+VIOLATIONS: Final = "violations"  # the graph output of the value check
+CHECK_PREFIX: Final = "check/"  # of every node and tensor that only checks
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 Numerics = Literal["exact-int8", "tolerance"]
@@ -89,13 +92,39 @@ class StateSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fp32: tuple[StateTensor, ...] = ()
 
 
+class CheckSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the value check of both graphs says, and what the engine is to look for itself.
+
+    Attributes
+    ----------
+    output : str
+        The last output of both graphs, int32 of shape (1,): a bitmask, 0 where nothing is wrong.
+        Bit 0 is an input that is no finite number within the clip, bit 1 a score that is none,
+        bits 2 to 7 are the engine's, bit ``8 + i`` is quantised layer ``i``.
+    int8 : tuple of str
+        The layers of the INT8 graph, in that order; those from the 24th on share bit 31.
+    input_bound : tuple of float
+        Of each feature, the greatest ``|(feature - mean) * inv_scale|`` that can be true, before
+        the clip.
+    max_constant : tuple of int
+        Of each feature, how many consecutive rows of one stream may have the same input before it
+        counts as stuck; 0 is not checked.
+    """
+
+    output: str
+    int8: tuple[str, ...]
+    input_bound: tuple[float, ...]
+    max_constant: tuple[int, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``manifest.json``.
 
     ``bound`` is, for numerics "tolerance", the greatest absolute difference of an output that
     another optimisation level, thread count or framework was seen to make; "exact-int8" has 0.
+    ``checks`` is left out where the graphs have no value check.
     ``files`` lists the SHA-256 of further files in the folder (see `engine.bundle.check_files`).
-    ``training`` says how the model was made. These three take no part in the hash.
+    ``training`` says how the model was made. Bound, files and training take no part in the hash.
     """
 
     format: int
@@ -106,6 +135,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     input: InputSection
     output: OutputSection
     state: StateSection = StateSection()
+    checks: CheckSection | None = None
     int8_sha256: str
     fp32_sha256: str
     model_hash: str
@@ -120,13 +150,13 @@ def model_hash(manifest: Manifest) -> int:
     -------
     int
         First 64 bits of the SHA-256 over canonical JSON (sorted keys, shortest round-trip
-        floats) of numerics, feature schema, normalisation, outputs, state and the digests of both
-        ONNX files. Name, bound, further files, training notes and the manifest's own layout are
-        left out.
+        floats) of numerics, feature schema, normalisation, outputs, state, value check and the
+        digests of both ONNX files. Name, bound, further files, training notes and the manifest's
+        own layout are left out.
     """
     # As it will be read: a whole number that was given for a float then has the float's hash.
     manifest = msgspec.convert(msgspec.to_builtins(manifest), Manifest)
-    semantic = {
+    semantic: dict[str, Any] = {
         "format": manifest.format,
         "numerics": manifest.numerics,
         "feature_schema": manifest.feature_schema,
@@ -136,6 +166,8 @@ def model_hash(manifest: Manifest) -> int:
         "int8_sha256": manifest.int8_sha256,
         "fp32_sha256": manifest.fp32_sha256,
     }
+    if manifest.checks is not None:  # a bundle without them keeps the hash it always had
+        semantic["checks"] = manifest.checks
     return json_hash(semantic)
 
 
@@ -177,6 +209,7 @@ _SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "state": StateSection,
     "state.int8": StateTensor,
     "state.fp32": StateTensor,
+    "checks": CheckSection,
 }
 _FILE_NAME: Final = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)*[A-Za-z0-9][\w.-]*", re.ASCII)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -256,6 +289,8 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
         refuse("bound", "an exact model with a tolerance", "0 for exact-int8", bound)
     for precision, state in (("int8", manifest.state.int8), ("fp32", manifest.state.fp32)):
         _check_state(path, f"state.{precision}", state, manifest)
+    if manifest.checks is not None:
+        _check_checks(path, manifest.checks, manifest)
     for name, digest in manifest.files.items():
         if not _FILE_NAME.fullmatch(name) or name in (MANIFEST_NAME, INT8_NAME, FP32_NAME):
             refuse("files", "bad name of a further file", "a path inside the folder", repr(name))
@@ -295,3 +330,32 @@ def _check_state(
     total = sum(tensor.nbytes for tensor in state)
     if total > MAX_STATE_BYTES:
         _refuse(path, section, "too much state", f"at most {MAX_STATE_BYTES} bytes", total)
+
+
+def _check_checks(path: Path, checks: CheckSection, manifest: Manifest) -> None:
+    refuse = partial(_refuse, path)
+    state = (*manifest.state.int8, *manifest.state.fp32)
+    if checks.output != VIOLATIONS:
+        refuse("checks.output", "bad name of the value check", VIOLATIONS, repr(checks.output))
+    if VIOLATIONS in (manifest.output.name, *(tensor.output for tensor in state)):
+        expected, found = "a name that no other output has", repr(VIOLATIONS)
+        refuse("checks.output", "the name of the value check is taken", expected, found)
+    for i, name in enumerate(checks.int8):
+        if not name or name in checks.int8[:i]:
+            key, expected = f"checks.int8[{i}]", "a name that no other layer has"
+            refuse(key, "bad name of a checked layer", expected, repr(name))
+    n = features.N_FEATURES
+    for key, values in (
+        ("checks.input_bound", checks.input_bound),
+        ("checks.max_constant", checks.max_constant),
+    ):
+        if len(values) != n:
+            refuse(key, "wrong length", f"{n} numbers, one a feature", len(values))
+    for i, bound in enumerate(checks.input_bound):
+        if not math.isfinite(bound) or bound <= 0.0:
+            key = f"checks.input_bound[{i}]"
+            refuse(key, "not a bound", "a finite number above 0", bound)
+    for i, rows in enumerate(checks.max_constant):
+        if not 0 <= rows < MAX_CONSTANT_ROWS:
+            key, expected = f"checks.max_constant[{i}]", f"0 or more, below {MAX_CONSTANT_ROWS}"
+            refuse(key, "not a number of rows", expected, rows)

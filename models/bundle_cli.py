@@ -183,6 +183,8 @@ def print_made(made: Made) -> None:
         console.print(f"proved exact, {made.accumulator_headroom_bits:.2f} bits to spare")
     for name, value in list(made.sensitivities.items())[:5]:
         console.print(f"sensitive: {name}, {value:.6f} nats")
+    if made.unchecked:
+        console.print(f"no value check: {made.unchecked}", markup=False)
     console.print(f"model {made.model_hash}")
 
 
@@ -323,9 +325,25 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
             }
             for precision in ("int8", "fp32")
         },
+        "checks": _checks(bundle),
         "fp32 parent": manifest.fp32_sha256,
         "bytes": sizes,
         **{key: training[key] for key in sorted(training)},
+    }
+
+
+def _checks(bundle: Bundle) -> dict[str, Any] | None:
+    """What the value check of a bundle looks at."""
+    checks = bundle.checks
+    if checks is None:
+        return None
+    rows = [count for count in checks.max_constant if count]
+    return {
+        "output": checks.output,
+        "layers from bit 8 on": list(checks.int8),
+        "input bounds": [min(checks.input_bound), max(checks.input_bound)],
+        "features that can be stuck": len(rows),
+        "after rows": [min(rows), max(rows)] if rows else [],
     }
 
 

@@ -12,7 +12,9 @@ import numpy as np
 
 from engine.backends.exactness import prove_exact
 from engine.bundle import load_bundle
+from feeds.errors import InputError
 from models.calibration import FeatureHistogram
+from models.check_limits import Checked, add_checks
 from models.comparison import Comparison, compare
 from models.execute import scores_of
 from models.export import (
@@ -60,6 +62,8 @@ class Made(msgspec.Struct, frozen=True):
     sensitivities : dict of str to float
     failed : tuple of str
         Checks of the first two levels of verification that do not hold.
+    unchecked : str
+        Why the graphs have no value check; empty where they have one.
     """
 
     bundle: str
@@ -73,6 +77,7 @@ class Made(msgspec.Struct, frozen=True):
     accumulator_headroom_bits: float | None
     sensitivities: dict[str, float]
     failed: tuple[str, ...]
+    unchecked: str = ""
 
 
 def live_rows(data: Dataset, n: int = LIVE_ROWS) -> np.ndarray:
@@ -162,8 +167,11 @@ def finish_bundle(
     with_report: bool = True,
     progress: Progress = lambda stage, share: None,
 ) -> Made:
-    """Prove, compare, write and verify twins that are quantised already; see `make_bundle`."""
+    """Check, prove, compare, write and verify twins quantised already; see `make_bundle`."""
     data = run.data
+    progress("adding the value check", 0.0)
+    checked = _checked(twins, data)
+    twins = checked.twins
     exact = twins.numerics == "exact-int8"
     headroom = None
     if exact:
@@ -194,6 +202,7 @@ def finish_bundle(
             "observer": options.observer,
             "coverage": coverage,
         },
+        "value_check": checked.reason or checked.limits,
         "test": _summary(comparison),
         "versions": {package: version(package) for package in PACKAGES},
     }
@@ -206,6 +215,7 @@ def finish_bundle(
         normalisation=data.normalisation,
         classes=CLASSES,
         state=twins.state,
+        checks=checked.section,
         bound=bound,
         training=training,
         files=files,
@@ -230,7 +240,18 @@ def finish_bundle(
         accumulator_headroom_bits=headroom,
         sensitivities={key: round(value, 9) for key, value in twins.sensitivities.items()},
         failed=tuple(check.name for check in verification.checks if not check.ok),
+        unchecked=checked.reason,
     )
+
+
+def _checked(twins: Quantised, data: Dataset) -> Checked:
+    """Twins with their value check; another's graph that cannot take one goes without."""
+    try:
+        return add_checks(twins, data)
+    except InputError as error:
+        if twins.parameters:
+            raise
+        return Checked(twins, None, {}, str(error))
 
 
 def _summary(comparison: Comparison) -> dict[str, Any]:

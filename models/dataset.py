@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -104,26 +104,13 @@ def collect(
         book=BookConfig(max_levels=max_levels),
         limits=LimitsConfig(max_pending_bytes=MAX_PENDING_BYTES),
     )
-    pipeline = Pipeline(config, None, None)
+    pipeline = Pipeline(config, None, None, follow_trust_events=False)
     vectors, facts = _Table(features.N_FEATURES, np.float64), _Table(_FACTS, np.int64)
     read = 0
     for buf, start, stop, _ in chunks:
-        at = start
-        while True:
-            at = pipeline.advance(buf, at, stop)
-            if not pipeline.fired:
-                break
-            tradable, slot = pipeline.tradable_before_inference, pipeline.slot
-            message = pipeline.answer()
-            if not tradable:
-                continue
+        for row in taken_rows(pipeline, buf, start, stop):
             vectors.append(pipeline.vector)
-            (bid,) = _INT64.unpack_from(message, AT_BEST_BID)
-            (ask,) = _INT64.unpack_from(message, AT_BEST_ASK)
-            (time_ns,) = _INT64.unpack_from(message, AT_EXCHANGE_TIME)
-            (last_seq,) = _INT64.unpack_from(message, AT_LAST_SEQ)
-            starts = pipeline.take_stream_reset(slot)
-            facts.append((slot, bid + ask, ask - bid, time_ns, last_seq, starts))
+            facts.append(row)
         read += stop - start
         if progress is not None:
             progress(read)
@@ -133,6 +120,33 @@ def collect(
     starts = starts.astype(bool)
     starts[first] = True
     return Rows(vectors.array(), slot, mid, spread, time_ns, last_seq, starts)
+
+
+def taken_rows(
+    pipeline: Pipeline, buf: np.ndarray, at: int, stop: int
+) -> Iterator[tuple[int, int, int, int, int, bool]]:
+    """Run a pipeline without a model over whole tape records and stop at each row.
+
+    Yields
+    ------
+    slot, mid_half_ticks, spread_ticks, time_ns, last_seq : int
+    starts : bool
+        As in `Rows`; the features stand in ``pipeline.vector`` until the next row.
+    """
+    while True:
+        at = pipeline.advance(buf, at, stop)
+        if not pipeline.fired:
+            return
+        tradable, slot = pipeline.tradable_before_inference, pipeline.slot
+        message = pipeline.answer()
+        if not tradable:
+            continue
+        (bid,) = _INT64.unpack_from(message, AT_BEST_BID)
+        (ask,) = _INT64.unpack_from(message, AT_BEST_ASK)
+        (time_ns,) = _INT64.unpack_from(message, AT_EXCHANGE_TIME)
+        (last_seq,) = _INT64.unpack_from(message, AT_LAST_SEQ)
+        starts = pipeline.take_stream_reset(slot)
+        yield slot, bid + ask, ask - bid, time_ns, last_seq, starts
 
 
 class _Table:

@@ -20,12 +20,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engine import features
+from engine.backends.qdq_graph import without_checks
 from engine.manifest import (
     FORMAT_VERSION,
     FP32_NAME,
     INT8_NAME,
     MANIFEST_NAME,
     METADATA_KEY,
+    CheckSection,
     InputSection,
     Manifest,
     Numerics,
@@ -35,6 +37,7 @@ from engine.manifest import (
     model_hash,
 )
 from models.dataset import Normalisation
+from models.foreign.passes import Wiring
 from models.step_graph import INPUT_NAME, IR_VERSION, OPSET, OUTPUT_NAME, PRODUCER
 
 GOLDEN_NAME: Final = "golden.npz"
@@ -55,37 +58,39 @@ def research_graph(
     Input ``features`` float64 (steps, features), output ``logits`` float32 (steps, classes). The
     normaliser stands inside, in the float64 operations of `engine.advance`; then a Scan runs the
     very step graph over the rows from a fresh state, so that each score has the bits of the hot
-    path.
+    path. A value check of the step graph is left out.
     """
+    step = without_checks(step)
     n = len(normalisation.mean)
+    free = Wiring(step).unique  # a graph of others may have any of these names itself
+    row, scores = free("row"), free("scores")
+    row_shape, scores_shape = free("row.shape"), free("scores.shape")
     body = helper.make_graph(
         [*step.graph.node],
         "step",
         [
             *(value for value in step.graph.input if value.name != INPUT_NAME),
-            helper.make_tensor_value_info("row", TensorProto.FLOAT, [n]),
+            helper.make_tensor_value_info(row, TensorProto.FLOAT, [n]),
         ],
         [
             *(value for value in step.graph.output if value.name != OUTPUT_NAME),
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info(scores, TensorProto.FLOAT, None),
         ],
         [
             *step.graph.initializer,
-            numpy_helper.from_array(np.array([1, n], dtype=np.int64), "row.shape"),
-            numpy_helper.from_array(np.array([-1], dtype=np.int64), "scores.shape"),
+            numpy_helper.from_array(np.array([1, n], dtype=np.int64), row_shape),
+            numpy_helper.from_array(np.array([-1], dtype=np.int64), scores_shape),
         ],
     )
     classes = step.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     body.output[-1].type.tensor_type.shape.dim.add().dim_value = classes
     body.node.insert(
-        0, helper.make_node("Reshape", ["row", "row.shape"], [INPUT_NAME], name="row.reshape")
+        0, helper.make_node("Reshape", [row, row_shape], [INPUT_NAME], name="row.reshape")
     )
     body.node.append(
-        helper.make_node(
-            "Reshape", [OUTPUT_NAME, "scores.shape"], ["scores"], name="scores.reshape"
-        )
+        helper.make_node("Reshape", [OUTPUT_NAME, scores_shape], [scores], name="scores.reshape")
     )
-    fresh = [numpy_helper.from_array(item.fresh(), f"{item.input}.initial") for item in state]
+    fresh = [numpy_helper.from_array(item.fresh(), free(f"{item.input}.initial")) for item in state]
     numbers = {
         "mean": normalisation.mean,
         "inv_scale": normalisation.inv_scale,
@@ -96,17 +101,18 @@ def research_graph(
         numpy_helper.from_array(np.asarray(value, dtype=np.float64), f"normalise.{name}")
         for name, value in numbers.items()
     ]
+    centred, scaled, clipped, rows = (free(x) for x in ("centred", "scaled", "clipped", "rows"))
     nodes = [
-        helper.make_node("Sub", [FEATURES_NAME, "normalise.mean"], ["centred"], name="centre"),
-        helper.make_node("Mul", ["centred", "normalise.inv_scale"], ["scaled"], name="scale"),
+        helper.make_node("Sub", [FEATURES_NAME, "normalise.mean"], [centred], name="centre"),
+        helper.make_node("Mul", [centred, "normalise.inv_scale"], [scaled], name="scale"),
         helper.make_node(
-            "Clip", ["scaled", "normalise.low", "normalise.high"], ["clipped"], name="clip"
+            "Clip", [scaled, "normalise.low", "normalise.high"], [clipped], name="clip"
         ),
-        helper.make_node("Cast", ["clipped"], ["rows"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Cast", [clipped], [rows], name="cast", to=TensorProto.FLOAT),
         helper.make_node(
             "Scan",
-            [*(item.name for item in fresh), "rows"],
-            [*(f"{item.output}.last" for item in state), OUTPUT_NAME],
+            [*(item.name for item in fresh), rows],
+            [*(free(f"{item.output}.last") for item in state), OUTPUT_NAME],
             name="steps",
             body=body,
             num_scan_inputs=1,
@@ -151,6 +157,7 @@ def write_bundle(
     normalisation: Normalisation,
     classes: tuple[str, ...],
     state: StateSection = StateSection(),  # noqa: B008 - frozen
+    checks: CheckSection | None = None,
     bound: float = 0.0,
     training: dict[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
@@ -165,6 +172,8 @@ def write_bundle(
         Step graphs; ``metadata_props`` get the feature schema.
     state : StateSection
         What each of them remembers.
+    checks : CheckSection, optional
+        Of their value check, where they have one.
     bound : float
         See `engine.manifest.Manifest`.
     training : dict, optional
@@ -202,6 +211,7 @@ def write_bundle(
                 ),
                 output=OutputSection(name=OUTPUT_NAME, classes=classes),
                 state=state,
+                checks=checks,
                 int8_sha256=digests[0],
                 fp32_sha256=digests[1],
                 model_hash="",

@@ -59,7 +59,8 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a data set was made with.
 
     ``threshold`` is in half ticks, of the mean move for ``smoothed``, of the barrier for
-    ``triple-barrier``.
+    ``triple-barrier``. ``greatest`` is each feature's greatest absolute value in the training part,
+    normalised but not clipped; empty where it is not known.
     """
 
     label: LabelKind
@@ -72,6 +73,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: tuple[float, ...]
     inv_scale: tuple[float, ...]
     source: str
+    greatest: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ def make_dataset(
         mean=tuple(normalisation.mean.tolist()),
         inv_scale=tuple(normalisation.inv_scale.tolist()),
         source=source,
+        greatest=_greatest(rows.vector, part == TRAIN, normalisation),
     )
     return Dataset(
         x=normalisation.apply(rows.vector),
@@ -313,6 +316,16 @@ def make_dataset(
         part=part,
         facts=facts,
     )
+
+
+def _greatest(
+    vector: np.ndarray, chosen: np.ndarray, normalisation: Normalisation
+) -> tuple[float, ...]:
+    """Greatest normalised magnitude of each feature in the chosen rows, before the clip."""
+    picked = np.flatnonzero(chosen)
+    low, high = vector[picked].min(axis=0), vector[picked].max(axis=0)
+    furthest = np.maximum(high - normalisation.mean, normalisation.mean - low)
+    return tuple((furthest * normalisation.inv_scale).tolist())
 
 
 def _last_time(time_ns: np.ndarray, part: np.ndarray, code: int) -> int:

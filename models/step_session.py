@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 
 from engine.backends.onnx import session_options
-from engine.manifest import StateTensor
+from engine.manifest import VIOLATIONS, StateTensor
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
 
 WARM_UP_RUNS: Final = 200
@@ -109,12 +109,16 @@ class StepSession:
         entry = np.zeros((1, rows.shape[1]), dtype=np.float32)
         pair = [[item.fresh() for item in self._state] for _ in range(2)]
         bindings = []
+        mask = np.zeros(1, dtype=np.int32)
+        checked = any(output.name == VIOLATIONS for output in self._session.get_outputs())
         for way in range(2):
             binding = self._session.io_binding()
             _bind(binding.bind_input, INPUT_NAME, entry)
             for item, before, after in zip(self._state, pair[way], pair[1 - way], strict=True):
                 _bind(binding.bind_input, item.input, before)
                 _bind(binding.bind_output, item.output, after)
+            if checked:
+                _bind(binding.bind_output, VIOLATIONS, mask)
             binding.bind_output(OUTPUT_NAME, "cpu")
             bindings.append(binding)
         took = np.empty(runs)

@@ -22,6 +22,7 @@ import onnxruntime as ort
 from engine.backends.exactness import prove_exact
 from engine.backends.integer_reference import IntegerReference
 from engine.backends.onnx import session_options
+from engine.backends.qdq_graph import without_checks
 from engine.bundle import Bundle, check_files
 from feeds.errors import InputError
 from models.dataset import Normalisation
@@ -192,7 +193,7 @@ def _check_reference(
     reference = IntegerReference(data, state)
     names = [
         output
-        for node in int8.graph.node
+        for node in without_checks(int8).graph.node
         if node.op_type != "DequantizeLinear"
         for output in node.output
         if output not in {item.output for item in state} | {OUTPUT_NAME}
@@ -240,6 +241,7 @@ def _check_evaluator(bundle: Bundle, int8: onnx.ModelProto, x: np.ndarray, check
             "left out: operators of ONNX Runtime's own, which the evaluator does not know",
         )
         return
+    int8 = without_checks(int8)
     names = [n.output[0] for n in int8.graph.node if n.op_type == "QuantizeLinear"]
     names = [name for name in names if name not in {s.output for s in bundle.state("int8")}]
     session = StepSession(int8, bundle.state("int8"), optimise=False, watch=names)
@@ -365,7 +367,7 @@ def verify_subgraphs(bundle: Bundle, rows: np.ndarray, checks: Checks) -> dict[s
     scores the level fails. Inner blocks are reported, and fail only where noise drowns the signal.
     """
     models = {name: onnx.load_from_string(bundle.model_bytes(name)) for name in ("int8", "fp32")}
-    pairs = _pairs(models["int8"], models["fp32"])
+    pairs = _pairs(without_checks(models["int8"]), models["fp32"])
     tensors, scores = {}, {}
     for i, name in enumerate(("int8", "fp32")):
         session = StepSession(

@@ -69,7 +69,7 @@ class Backend(Protocol):
         """What was opened."""
         ...
 
-    def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> None:
+    def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> int:
         """Run the model, and return when ``out`` is written.
 
         Parameters
@@ -79,6 +79,12 @@ class Backend(Protocol):
             The normalised input, finite: the caller checks, INT8 would hide it.
         out : ndarray of float32, shape (classes,), C order
             Overwritten. Cheapest when the same two arrays come every time: they are bound once.
+
+        Returns
+        -------
+        int
+            What the value check of the model's graph has against this inference, as the bits of
+            `engine.manifest.CheckSection`: 0 where nothing, or where the model has no such check.
 
         Raises
         ------

@@ -55,10 +55,18 @@ class StatefulRunner:
     info : BackendInfo
     copies_input : bool
         Whether this execution provider copies an input when it is bound, not when it is run.
+    check : (str or None, ndarray of int32, shape (1,))
+        Output of the value check, and where it is written; all streams share it, since it is
+        read right after each step.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, bundle: Bundle, info: BackendInfo, copies_input: bool
+        self,
+        session: ort.InferenceSession,
+        bundle: Bundle,
+        info: BackendInfo,
+        copies_input: bool,
+        check: tuple[str | None, np.ndarray],
     ) -> None:
         self._session = session
         self._info = info
@@ -66,6 +74,7 @@ class StatefulRunner:
         self._output_name = bundle.output_name
         self._state: tuple[StateTensor, ...] = bundle.state(info.precision)
         self._copies_input = copies_input
+        self._check_name, self._mask = check
         self._streams: dict[int, _Stream] = {}
 
     def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> None:
@@ -126,6 +135,10 @@ class StatefulRunner:
                 read, written = own.sets[turn][i], own.sets[1 - turn][i]
                 binding.bind_input(tensor.input, "cpu", 0, dtype, shape, read.ctypes.data)
                 binding.bind_output(tensor.output, "cpu", 0, dtype, shape, written.ctypes.data)
+            if self._check_name is not None:
+                binding.bind_output(
+                    self._check_name, "cpu", 0, np.int32, [1], self._mask.ctypes.data
+                )
 
     def _bind(self, own: _Stream, x: np.ndarray, out: np.ndarray) -> None:
         check_arrays(self._info, x, out)

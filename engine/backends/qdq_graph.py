@@ -1,7 +1,8 @@
 """Reading a quantised ONNX graph: its nodes in order, its constants, its ends.
 
 `IntegerReference` and `prove_exact` both start from this. Only the default operator set is taken,
-nothing nested, and every node gets a name that a person can find in the file.
+nothing nested, and every node gets a name that a person can find in the file. The nodes of the
+value check are passed over: they look at the model and nothing of it depends on them.
 
 Source: ONNX IR specification; ONNX operators of the default set, versions 19 to 21.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import numpy as np
 
 from engine.backends.dyadic import Dyadic, InexactError, from_float
-from engine.manifest import StateTensor
+from engine.manifest import CHECK_PREFIX, VIOLATIONS, StateTensor
 from feeds.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,8 +119,56 @@ def read_model(model: bytes | str | Path) -> tuple[onnx.ModelProto, str]:
         ) from None
 
 
+def without_checks(model: onnx.ModelProto, where: str = "ONNX model") -> onnx.ModelProto:
+    """The model alone: without its value-check nodes, what only they use, and their output.
+
+    A graph whose last output is not `VIOLATIONS` has none, and is given back as it is.
+
+    Raises
+    ------
+    InputError
+        If the model itself depends on a node of the value check.
+    """
+    import onnx
+
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    graph = plain.graph
+    if not graph.output or graph.output[-1].name != VIOLATIONS:
+        return plain
+    made = {
+        name
+        for node in graph.node
+        if node.name.startswith(CHECK_PREFIX)
+        for name in node.output
+        if name
+    }
+    nodes = [node for node in graph.node if not node.name.startswith(CHECK_PREFIX)]
+    for node in nodes:
+        if not made.isdisjoint(node.input):
+            raise InputError(
+                "the model depends on its own value check",
+                where=f"{where}: node {node.name!r} ({node.op_type})",
+                expected=f"inputs that no node named {CHECK_PREFIX}... makes",
+                found=", ".join(sorted(made.intersection(node.input))),
+                fix="rebuild the bundle",
+            )
+    outputs = [value for value in graph.output if value.name not in made]
+    constants = [item for item in graph.initializer if not item.name.startswith(CHECK_PREFIX)]
+    for field_of, kept in (
+        (graph.node, nodes),
+        (graph.output, outputs),
+        (graph.initializer, constants),
+    ):
+        if len(kept) != len(field_of):
+            copies = [type(item).FromString(item.SerializeToString()) for item in kept]
+            del field_of[:]
+            field_of.extend(copies)
+    return plain
+
+
 def read_graph(model: onnx.ModelProto, where: str = "ONNX model") -> Graph:
-    """The graph of a model.
+    """The graph of a model, without its value check.
 
     Raises
     ------
@@ -127,6 +176,7 @@ def read_graph(model: onnx.ModelProto, where: str = "ONNX model") -> Graph:
         For another operator set, a nested graph, a constant that is neither float32 nor an
         integer, or an end without a fixed shape.
     """
+    model = without_checks(model, where)
     versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if versions.get("ai.onnx") not in OPSETS:
         raise InputError(

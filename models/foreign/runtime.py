@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 
 from engine.backends.onnx import WARM_UP_RUNS, session_options
+from engine.backends.qdq_graph import without_checks
 from feeds.errors import InputError
 
 INT8_OPS: Final = frozenset(
@@ -64,8 +65,9 @@ def fused_nodes(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def int8_nodes(model: onnx.ModelProto) -> int:
-    """How many of them compute on integers of 8 or 4 bits."""
-    return sum(count for op, count in fused_nodes(model).items() if op in INT8_OPS)
+    """How many of them compute on integers of 8 or 4 bits; a value check does not count."""
+    found = fused_nodes(without_checks(model))
+    return sum(count for op, count in found.items() if op in INT8_OPS)
 
 
 def latency(
@@ -100,7 +102,7 @@ def latency(
     for output in session.get_outputs():
         # A fixed buffer: an output that is bound by device alone is allocated at every run.
         shape = [size if isinstance(size, int) else 1 for size in output.shape]
-        dtype = np.uint8 if output.type == "tensor(uint8)" else np.float32
+        dtype = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32}.get(output.type, np.float32)
         values[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
         binding.bind_ortvalue_output(output.name, values[output.name])
     for _ in range(WARM_UP_RUNS):

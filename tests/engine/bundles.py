@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 
 from engine import features
 from engine.backends.integer_reference import IntegerReference
@@ -16,6 +17,8 @@ from engine.manifest import (
     INT8_NAME,
     MANIFEST_NAME,
     METADATA_KEY,
+    VIOLATIONS,
+    CheckSection,
     InputSection,
     Manifest,
     OutputSection,
@@ -51,19 +54,40 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
+def checked(data: bytes, precision: str) -> tuple[bytes, tuple[str, ...]]:
+    """A graph with its value check, to which one saturated code is too many; its layers."""
+    from models.value_checks import LimitedLayer, quantised_layers, with_checks
+
+    model = onnx.load_model_from_string(data)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    layers = []
+    if precision == "int8":
+        for layer in quantised_layers(model):
+            layers.append(LimitedLayer(layer, shapes[layer.codes], 0))
+    found = with_checks(model, CLIP, layers, quantised=precision == "int8")
+    return found.SerializeToString(), tuple(item.layer.name for item in layers)
+
+
 def write_models(
     folder: Path,
     int8: GraphBuilder,
     fp32: GraphBuilder,
     *,
+    checks: bool = False,
     int8_schema: str = features.SCHEMA_HEX,
     fp32_schema: str = features.SCHEMA_HEX,
 ) -> Manifest:
     """Write a bundle of two graphs."""
     folder.mkdir(parents=True, exist_ok=True)
-    digests = []
+    digests, layers = [], {}
     for name, graph, schema in ((INT8_NAME, int8, int8_schema), (FP32_NAME, fp32, fp32_schema)):
         data = graph.model({METADATA_KEY: schema})
+        if checks:
+            data, layers[name] = checked(data, "int8" if name == INT8_NAME else "fp32")
         (folder / name).write_bytes(data)
         digests.append(hashlib.sha256(data).hexdigest())
     rng = np.random.default_rng(len(int8.nodes))
@@ -83,6 +107,14 @@ def write_models(
             ),
             output=OutputSection(name="logits", classes=CLASSES[: int8.n_classes]),
             state=StateSection(int8=tuple(int8.state), fp32=tuple(fp32.state)),
+            checks=CheckSection(
+                output=VIOLATIONS,
+                int8=layers[INT8_NAME],
+                input_bound=tuple(np.linspace(10.0, 100.0, n).tolist()),
+                max_constant=tuple(range(n)),
+            )
+            if checks
+            else None,
             int8_sha256=digests[0],
             fp32_sha256=digests[1],
             model_hash="",
@@ -97,11 +129,12 @@ def make_bundle(
     seed: int = 0,
     n_classes: int = len(CLASSES),
     n_features: int = features.N_FEATURES,
+    checks: bool = False,
     **schemas: str,
 ) -> tuple[IntegerReference, Manifest]:
     """Write a bundle; returns the reference of its INT8 model, and its manifest."""
     rng = np.random.default_rng(seed)
     int8 = (delays_and_cells if stateful else dense)(rng, n_features, n_classes)
     fp32 = float_twin(rng, n_features, n_classes, stateful)
-    manifest = write_models(folder, int8, fp32, **schemas)
+    manifest = write_models(folder, int8, fp32, checks=checks, **schemas)
     return IntegerReference(folder / INT8_NAME, manifest.state.int8), manifest

@@ -22,6 +22,7 @@ from engine.bundle import (
     INT8_NAME,
     MANIFEST_NAME,
     METADATA_KEY,
+    CheckSection,
     Manifest,
     StateSection,
     StateTensor,
@@ -45,6 +46,13 @@ def stateful(tmp_path: Path) -> Path:
     """A good bundle of models that remember."""
     make_bundle(tmp_path / "stateful", stateful=True)
     return tmp_path / "stateful"
+
+
+@pytest.fixture
+def checked(tmp_path: Path) -> Path:
+    """A good bundle of models that remember, with a value check."""
+    make_bundle(tmp_path / "checked", stateful=True, checks=True)
+    return tmp_path / "checked"
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -140,6 +148,7 @@ def test_the_hash_follows_what_is_computed_and_nothing_else(tmp_path: Path) -> N
         replace(manifest, state=StateSection(int8=(tensor,))),
         replace(manifest, state=StateSection(fp32=(tensor,))),
         replace(manifest, state=StateSection(int8=(replace(tensor, initial=1.0),))),
+        replace(manifest, checks=CheckSection("violations", (), (1.0,), (0,))),
     ):
         assert model_hash(other) != known
 
@@ -202,13 +211,14 @@ def test_a_manifest_that_is_none(folder: Path, data: bytes) -> None:
         ("input", "clipp", "clip"),
         ("output", "clases", "classes"),
         ("state", "int9", "int8"),
+        ("checks", "max_constants", "max_constant"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(
-    folder: Path, section: str, key: str, nearest: str
+    checked: Path, section: str, key: str, nearest: str
 ) -> None:
-    edit_manifest(folder, lambda m: (m[section] if section else m).update({key: 1}))
-    error = refusal(folder)
+    edit_manifest(checked, lambda m: (m[section] if section else m).update({key: 1}))
+    error = refusal(checked)
     assert error.where.endswith(f"{section}.{key}" if section else key)
     assert nearest in error.fix
 
@@ -408,3 +418,72 @@ def test_further_files_are_held_against_their_hashes_when_asked(folder: Path) ->
 def test_a_tolerance_bundle_may_state_a_bound(folder: Path) -> None:
     sign(folder, numerics="tolerance", bound=2.5e-7)
     assert load_bundle(folder).manifest.bound == 2.5e-7
+
+
+def test_a_bundle_without_a_value_check_bounds_nothing(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert bundle.checks is None
+    assert json.loads((folder / MANIFEST_NAME).read_text())["checks"] is None
+    assert bundle.input_bound.tolist() == [math.inf] * bundle.n_features
+    assert bundle.max_constant.tolist() == [0] * bundle.n_features
+    edit_manifest(folder, lambda m: m.pop("checks"))  # as bundles were written before
+    assert load_bundle(folder).model_hash == bundle.model_hash
+
+
+def test_a_bundle_says_what_its_value_check_looks_at(checked: Path) -> None:
+    bundle = load_bundle(checked)
+    checks = bundle.checks
+    assert checks is not None
+    assert checks.output == "violations"
+    assert checks.int8
+    for array, written, dtype in (
+        (bundle.input_bound, checks.input_bound, np.float64),
+        (bundle.max_constant, checks.max_constant, np.int64),
+    ):
+        assert array.dtype == dtype
+        assert array.shape == (bundle.n_features,)
+        assert tuple(array.tolist()) == written
+
+
+CHECKS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("output", lambda c: c.update(output="")),
+    ("output", lambda c: c.update(output="logits")),
+    ("output", lambda c: c.update(output="violation")),
+    ("int8[0]", lambda c: c["int8"].__setitem__(0, "")),
+    ("int8[1]", lambda c: c["int8"].__setitem__(1, c["int8"][0])),
+    ("input_bound", lambda c: c["input_bound"].pop()),
+    ("input_bound[4]", lambda c: c["input_bound"].__setitem__(4, 0.0)),
+    ("input_bound[4]", lambda c: c["input_bound"].__setitem__(4, -1.0)),
+    ("max_constant", lambda c: c["max_constant"].append(0)),
+    ("max_constant[2]", lambda c: c["max_constant"].__setitem__(2, -1)),
+    ("max_constant[2]", lambda c: c["max_constant"].__setitem__(2, 1 << 31)),
+]
+
+
+@pytest.mark.parametrize(("key", "change"), CHECKS)
+def test_a_value_check_that_cannot_be_names_its_key(
+    checked: Path, key: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    edit_manifest(checked, lambda m: change(m["checks"]))
+    error = refusal(checked)
+    assert error.where == f"{checked / MANIFEST_NAME}: checks.{key}"
+    assert error.expected
+    assert error.fix
+
+
+@pytest.mark.parametrize("name", [INT8_NAME, FP32_NAME])
+def test_graphs_and_manifest_agree_about_the_value_check(
+    checked: Path, stateful: Path, name: str
+) -> None:
+    (checked / name).write_bytes((stateful / name).read_bytes())
+    sign(checked)
+    error = refusal(checked)
+    assert error.where == f"{checked / name}: output of the graph, value check violations"
+    assert error.found == "none"
+
+
+def test_a_value_check_that_the_manifest_does_not_name_is_refused(checked: Path) -> None:
+    sign(checked, checks=None)
+    error = refusal(checked)
+    assert error.where == f"{checked / INT8_NAME}: output of the graph"
+    assert "violations" in error.found
