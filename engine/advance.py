@@ -23,13 +23,14 @@ from engine.book import (
     best_quantity,
     crossed,
 )
+from engine.model_input import RUN, normalise
 from feeds import sync, tape, wire
 from feeds.crc32c import crc32c
 from feeds.inner import inner
 from feeds.rawbytes import load_i64, load_u16, load_u32
 
 # Columns of `shared`, int64: what belongs to no single instrument.
-FIRED_SLOT: Final = 0  # -1: nothing is due
+FIRED_SLOT: Final = 0  # whose signal is due, or NOTHING_DUE, or EVENT_DUE
 TIMER_SLOT: Final = 1  # where a timer that makes several instruments fire goes on
 LAST_SLOT: Final = 2  # of the message before: most messages follow one of their own kind
 MESSAGES: Final = 3
@@ -41,7 +42,13 @@ UNKNOWN: Final = 8  # of an instrument that is not configured
 DROPPED_LEVELS: Final = 9  # beyond max_levels
 LAST_ERROR: Final = 10  # index into wire.ERRORS of the last malformed message
 COMPUTED: Final = 11  # feature vectors
-SHARED_FIELDS: Final = 12
+EVENT_AT: Final = 12  # payload of the trust event that is due
+EVENT_BYTES: Final = 13
+EVENT_TIME: Final = 14
+SHARED_FIELDS: Final = 15
+
+NOTHING_DUE: Final = -1
+EVENT_DUE: Final = -2  # a record of kind CONTROL or SHADOW
 
 # Columns of `params`, int64.
 TRIGGER: Final = 0
@@ -185,12 +192,12 @@ def _triggered(params, track, levels, depth):  # type: ignore[no-untyped-def]
 
 @inner(
     "void(int64, int64, int64, int64[::1], int64[::1], int64[:,:,::1], int64[::1], int64[::1],"
-    " float64[::1], int64[::1], int64[::1], float64[::1], float64[::1], float64[::1], float64,"
-    " float32[:,::1], uint8[::1])"
+    " float64[::1], int64[::1], int64[::1], float64[::1], float64[:,::1], float64,"
+    " float32[:,::1], float32[:,::1], uint8[::1])"
 )
 def _state_facts(  # type: ignore[no-untyped-def]
-    slot, state, received, row, track, levels, depth, fi, ff, shared, facts, vector, mean,
-    inv_scale, clip, x, x_bytes,
+    slot, state, received, row, track, levels, depth, fi, ff, shared, facts, vector, norm, clip,
+    seen, x, x_bytes,
 ):  # fmt: skip
     """Write down what the signal will say, and the model's input where it is tradable so far."""
     reasons = 0
@@ -212,12 +219,9 @@ def _state_facts(  # type: ignore[no-untyped-def]
     if reasons == 0:
         features.compute(fi, ff, levels, depth, track[EXCHANGE_TIME], vector)
         shared[COMPUTED] += 1
-        for i in range(len(vector)):
-            value = (vector[i] - mean[i]) * inv_scale[i]
-            if not np.isfinite(value):
-                value_check |= signals.CHECK_INPUT
-                value = 0.0
-            x[0, i] = np.float32(min(max(value, -clip), clip))
+        if track[STREAM_RESET] == 1:
+            seen[RUN] = np.float32(0.0)
+        value_check = normalise(vector, norm, clip, seen, x)
         if value_check != 0:
             reasons |= trust.REASON_VALUE_CHECK
         else:
@@ -286,12 +290,12 @@ def _take(  # type: ignore[no-untyped-def]
     "int64(uint8[::1], int64, int64, uint8[:,::1], int64[:,::1], int64[:,::1], uint8[:,::1],"
     " int64[:,:,::1], int64[:,:,:,::1], int64[:,:,:,::1], int64[:,::1], int64[::1],"
     " int64[:,::1], float64[:,::1], int64[:,::1], int64[::1], int64[::1], int64[::1], float64[::1],"
-    " float64[::1], float64[::1], float64, float32[:,::1], uint8[::1])",
+    " float64[:,::1], float64, float32[:,:,::1], float32[:,::1], uint8[::1])",
     cache=True,
 )
 def advance(  # type: ignore[no-untyped-def]
     buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs, tracks,
-    shared, params, facts, vector, mean, inv_scale, clip, x, x_bytes,
+    shared, params, facts, vector, norm, clip, seen, x, x_bytes,
 ):  # fmt: skip
     """Consume whole tape records of ``buf[at:stop]`` until one makes a signal due.
 
@@ -311,10 +315,10 @@ def advance(  # type: ignore[no-untyped-def]
         `engine.features` state of each slot.
     tracks, shared, params, facts : ndarray of int64
         Columns as named in this module and in `engine.signals`.
-    vector, mean, inv_scale : ndarray of float64, shape (N_FEATURES,)
-        The last feature vector and the model's normalisation.
-    clip : float
-        Bound of the model's inputs after normalisation.
+    vector : ndarray of float64, shape (N_FEATURES,)
+        The last feature vector.
+    norm, clip, seen : ndarray, float, ndarray
+        The model's normalisation, and what its inputs were before; see `engine.model_input`.
     x, x_bytes : ndarray
         The model's input, float32 of shape (1, N_FEATURES), and the same memory as bytes.
 
@@ -322,9 +326,10 @@ def advance(  # type: ignore[no-untyped-def]
     -------
     int
         Where to go on: ``stop``, or the position after (for a timer that is due for several
-        instruments: at) the record that made ``shared[FIRED_SLOT]`` fire.
+        instruments: at) the record that made ``shared[FIRED_SLOT]`` fire, or after a trust event
+        that is to be taken first: then it is EVENT_DUE.
     """
-    shared[FIRED_SLOT] = -1
+    shared[FIRED_SLOT] = NOTHING_DUE
     while at < stop:
         length = load_u32(buf, at + 4)
         received = load_i64(buf, at + 8)
@@ -347,8 +352,8 @@ def advance(  # type: ignore[no-untyped-def]
                             shared[TIMER_SLOT] = slot + 1
                             _state_facts(
                                 slot, state, now, sync_rows[slot], track, tops[slot], depths[slot],
-                                fis[slot], ffs[slot], shared, facts, vector, mean, inv_scale,
-                                clip, x, x_bytes,
+                                fis[slot], ffs[slot], shared, facts, vector, norm, clip,
+                                seen[slot], x, x_bytes,
                             )  # fmt: skip
                             return at
             shared[TIMER_SLOT] = 0
@@ -357,6 +362,12 @@ def advance(  # type: ignore[no-untyped-def]
             continue
         at = after
         if kind != tape.MARKET:
+            if kind == tape.CONTROL or kind == tape.SHADOW:
+                shared[FIRED_SLOT] = EVENT_DUE
+                shared[EVENT_AT] = start
+                shared[EVENT_BYTES] = length
+                shared[EVENT_TIME] = received
+                return at
             continue
         shared[MESSAGES] += 1
         error = wire.check(buf, start, start + length)
@@ -393,7 +404,7 @@ def advance(  # type: ignore[no-untyped-def]
         if due or state != track[TRUST]:
             _state_facts(
                 slot, state, received, row, track, levels, depth, fis[slot], ffs[slot], shared,
-                facts, vector, mean, inv_scale, clip, x, x_bytes,
+                facts, vector, norm, clip, seen[slot], x, x_bytes,
             )  # fmt: skip
             return at
     return at

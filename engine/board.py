@@ -114,7 +114,7 @@ def outputs_text(signal: Signal) -> str:
 def trust_text(signal: Signal) -> Text:
     """Why a signal cannot be traded on, or what answered if it can."""
     if signal.conflict:
-        return Text("two engines", style="bold red")
+        return Text(f"two engines: {signal.conflict_why}", style="bold red")
     if signal.tradable:
         return Text(f"{signal.precision} {signal.backend}", style="green")
     return Text(" ".join(signal.reasons), style="red")
@@ -128,6 +128,7 @@ def totals_text(client: SignalClient) -> str:
         (client.malformed, "malformed"),
         (client.restarts, "engine restarts"),
         (client.conflicts, "conflicts of two engines"),
+        (client.refused, "refused of another engine"),
         (client.untracked, "untracked"),
     ):
         if count:

@@ -15,6 +15,11 @@ import click
     help="Topic prefix: signal., signal.sim.ALPHA, state., alert. Repeatable. [default: signal.]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option(
+    "--refuse-conflicts",
+    is_flag=True,
+    help="Where two engines publish one instrument, show the one heard first alone.",
+)
 @click.option("--count", type=click.IntRange(1), default=None, help="Stop after N messages.")
 @click.option(
     "--seconds",
@@ -26,23 +31,27 @@ def subscribe(
     endpoint: str,
     topics: tuple[str, ...],
     as_json: bool,
+    refuse_conflicts: bool,
     count: int | None,
     seconds: float | None,
 ) -> None:
     """Watch the signals that an engine publishes at ENDPOINT.
 
     On a terminal a live table, else one line a message. Ctrl-C stops; the totals, with what was
-    lost on the way, are written to stderr.
+    lost on the way, are written to stderr. Signals of two engines that publish the same instrument
+    are marked, or the second one's refused.
     """
     import sys
 
     from engine.client import SignalClient
+    from engine.conflicts import Conflicts
     from engine.subscribe import follow
 
     if not topics:
         live = sys.stdout.isatty() and not as_json
         topics = ("signal.", "state.", "alert.") if live else ("signal.",)
-    with SignalClient(endpoint, topics) as client:
+    conflicts: Conflicts = "refuse" if refuse_conflicts else "mark"
+    with SignalClient(endpoint, topics, conflicts=conflicts) as client:
         code = follow(client, as_lines=as_json, count=count or 0, seconds=seconds or 0.0)
     sys.exit(code)
 

@@ -11,11 +11,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from engine.conflicts import CONFLICT_MEMORY, MAX_EPOCHS, Conflicts, Heard
 from engine.messages import Alert, EngineState, Message, Signal, decode
 from feeds.endpoint import check_endpoint
 from feeds.errors import InputError
@@ -23,24 +24,10 @@ from feeds.errors import InputError
 DEFAULT_RECEIVE_HWM: Final = 100_000
 MAX_MESSAGE_BYTES: Final = 1 << 20
 MAX_TRACKED: Final = 65_536  # instruments whose sequence is followed
-MAX_EPOCHS: Final = 4  # engine epochs followed for each instrument
-CONFLICT_MEMORY: Final = 256  # signals after which an engine that fell silent is forgotten
 YIELD_EVERY: Final = 64  # messages an async iteration hands out before other tasks may run
 SAFETY_POLL_S: Final = 0.25  # the socket's descriptor is edge-triggered
 HEARTBEAT_MS: Final = 2_000
 HEARTBEAT_TIMEOUT_MS: Final = 6_000
-
-
-class _Sequence:
-    """What was seen of one topic: the engine epoch in force, and the last seq of each epoch."""
-
-    __slots__ = ("conflict_left", "epoch", "last", "lost")
-
-    def __init__(self) -> None:
-        self.epoch = -1
-        self.last: dict[int, int] = {}
-        self.conflict_left = 0
-        self.lost = 0
 
 
 class SignalClient:
@@ -58,6 +45,13 @@ class SignalClient:
         ``state.`` for `EngineState`, ``alert.`` for `Alert`.
     receive_hwm : int
         Messages queued here before ZeroMQ drops; what it drops is counted in `lost`.
+    conflicts : str
+        What is done where two engines publish one instrument. "mark": the signals of both are
+        handed out, marked with ``conflict`` and ``conflict_why``. "refuse": of each instrument
+        only those of the engine that was heard first are, until it has been silent for
+        `CONFLICT_MEMORY` signals of the other; the other's are dropped and counted in `refused`.
+        A restarted engine is followed either way, also as another version: at once where it has
+        the same hashes or the connection was lost in between, else after that many signals.
     context : zmq.Context, optional
         Context to use; one of its own by default.
 
@@ -76,8 +70,10 @@ class SignalClient:
     restarts : int
         How often an instrument went over to a newer engine epoch.
     conflicts : int
-        How often an instrument went back to an engine epoch it had left: two engines publish the
-        same instrument. Signals are marked with ``conflict`` while this lasts.
+        How often an instrument's engine was heard again after another one: two engines publish
+        the same instrument. Signals are marked with ``conflict`` while this lasts.
+    refused : int
+        Signals of another engine that were dropped, with ``conflicts="refuse"``.
     untracked : int
         Messages beyond `MAX_TRACKED` instruments, handed out without loss detection.
 
@@ -100,17 +96,21 @@ class SignalClient:
         topics: Sequence[str] = ("signal.",),
         *,
         receive_hwm: int = DEFAULT_RECEIVE_HWM,
+        conflicts: Conflicts = "mark",
         context: zmq.Context[Any] | None = None,
     ) -> None:
         check_endpoint(endpoint, key="endpoint", where="client")
         assert not isinstance(topics, str), "topics is a sequence of prefixes"
+        assert conflicts in get_args(Conflicts), f"conflicts is one of {get_args(Conflicts)}"
         if not topics:
             raise InputError("no topic to subscribe to", where=endpoint, expected='"signal."')
         self.endpoint, self.topics = endpoint, tuple(topics)
         self.received = self.lost = self.duplicates = self.malformed = 0
-        self.restarts = self.conflicts = self.untracked = 0
-        self._sequences: dict[tuple[str, str, str], _Sequence] = {}
+        self.restarts = self.conflicts = self.refused = self.untracked = 0
+        self._refuse = conflicts == "refuse"
+        self._sequences: dict[tuple[str, str, str], Heard] = {}
         self._connected = False
+        self._breaks = 0  # lost connections
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
         self._socket = self._context.socket(zmq.SUB)
@@ -141,10 +141,14 @@ class SignalClient:
     @property
     def connected(self) -> bool:
         """Whether a publisher is at the other end now (``tcp`` and ``ipc``)."""
+        self._watch()
+        return self._connected and not self.closed
+
+    def _watch(self) -> None:
         while not self.closed and self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        return self._connected and not self.closed
+            self._breaks += not self._connected
 
     def losses(self) -> dict[tuple[str, str], int]:
         """Signals lost of each (venue, symbol) seen so far."""
@@ -181,16 +185,21 @@ class SignalClient:
             if message is None:
                 self.malformed += 1
                 continue
-            message = self._follow(message)
-            if message is not None:
+            if self._follow(message):
                 self.received += 1
                 return message
-            self.duplicates += 1
 
-    def _follow(self, message: Message) -> Message | None:
-        """Hold a message against what came before; None for one that was here before."""
+    def _follow(self, message: Message) -> bool:
+        """Hold a message against what came before; False for one that is not handed out."""
+        hashes = None
         if isinstance(message, Signal):
             key, seq = (message.kind, message.venue, message.symbol), message.signal_seq
+            hashes = (
+                message.model_hash,
+                message.config_hash,
+                message.feature_hash,
+                message.code_hash,
+            )
         elif isinstance(message, Alert):
             key, seq = (message.kind, message.venue, message.symbol), message.seq
         else:
@@ -199,35 +208,26 @@ class SignalClient:
         if sequence is None:
             if len(self._sequences) >= MAX_TRACKED:
                 self.untracked += 1
-                return message
-            sequence = self._sequences[key] = _Sequence()
+                return True
+            sequence = self._sequences[key] = Heard()
         epoch = message.engine_epoch
-        last = sequence.last.get(epoch)
-        if last is not None and seq <= last:
-            return None
-        lost = 0 if last is None else seq - last - 1
-        restarted = False
-        if epoch != sequence.epoch:
-            if sequence.epoch < 0:
-                lost = 0
-            elif last is None and epoch > max(sequence.last):
-                restarted = True
-                lost = seq - 1
-                self.restarts += 1
-            else:
-                self.conflicts += 1
-                sequence.conflict_left = CONFLICT_MEMORY
-            sequence.epoch = epoch
-        sequence.last[epoch] = seq
-        if len(sequence.last) > MAX_EPOCHS:
-            del sequence.last[min(key for key in sequence.last if key != epoch)]
-        conflict = sequence.conflict_left > 0
-        sequence.conflict_left -= conflict
+        if self._refuse and hashes is not None:
+            if epoch != sequence.epoch:
+                self._watch()
+            judged = sequence.judge_refusing(epoch, seq, hashes, self._breaks)
+        else:
+            judged = sequence.judge(epoch, seq, hashes)
+        if judged.verdict != "taken":
+            self.duplicates += judged.verdict == "duplicate"
+            self.refused += judged.verdict == "refused"
+            return False
+        self.restarts += judged.restarted
+        self.conflicts += judged.noticed
         if isinstance(message, Signal):
-            sequence.lost += lost
-            self.lost += lost
-            message.lost_before, message.restarted, message.conflict = lost, restarted, conflict
-        return message
+            self.lost += judged.lost
+            message.lost_before, message.restarted = judged.lost, judged.restarted
+            message.conflict, message.conflict_why = judged.why != "", judged.why
+        return True
 
     def __iter__(self) -> Iterator[Message]:
         return self
@@ -298,4 +298,11 @@ class SignalClient:
         self.close()
 
 
-__all__ = ["Alert", "EngineState", "Signal", "SignalClient"]
+__all__ = [
+    "CONFLICT_MEMORY",
+    "MAX_EPOCHS",
+    "Alert",
+    "EngineState",
+    "Signal",
+    "SignalClient",
+]

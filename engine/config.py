@@ -17,8 +17,11 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
+from engine.controls import ControlsConfig
+from engine.drift import DriftConfig
+from engine.failover import FailoverConfig
 from engine.hashes import json_hash
-from feeds.endpoint import check_endpoint
+from feeds.endpoint import check_endpoint, is_local
 from feeds.errors import InputError
 
 MAX_DURATION_NS: Final = 86_400_000_000_000  # one day
@@ -85,6 +88,54 @@ class TrustConfig(_Section, frozen=True):
     stale_after_ns: Duration = 5_000_000_000
 
 
+class ShadowConfig(_Section, frozen=True):
+    """The FP32 twin beside the hot path: on each ``every``-th inference, 0 for none."""
+
+    every: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
+    poll_ns: Annotated[int, Meta(ge=MIN_TIMER_NS, le=MAX_DURATION_NS)] = 10_000_000
+    lost_after_ns: Duration = 1_000_000_000
+    restart_after_ns: Duration = 2_000_000_000
+    max_waiting: Annotated[int, Meta(ge=8, le=1 << 16)] = 1_024
+
+
+class ControlConfig(_Section, frozen=True):
+    """Where commands are taken, "" for nowhere; loopback and ipc only, else with CURVE.
+
+    ``curve_clients_folder`` holds the public keys of those who may command.
+    """
+
+    endpoint: str = ""
+    curve_secret_key_file: str = ""
+    curve_clients_folder: str = ""
+
+
+class RecalibrationConfig(_Section, frozen=True):
+    """Making a fresh candidate from the session's own tape; ``folder`` "" turns it off.
+
+    Every ``every_ns`` of event time (0: never by itself), where the drift monitor warns, and by
+    command. ``rows`` are the most recent ones that it calibrates from.
+    """
+
+    folder: str = ""
+    every_ns: Annotated[int, Meta(ge=0, le=30 * MAX_DURATION_NS)] = MAX_DURATION_NS
+    on_drift: bool = True
+    rows: Annotated[int, Meta(ge=1_000, le=1_000_000)] = 100_000
+    max_agreement_loss: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.005
+    min_pause_ns: Duration = 600_000_000_000
+
+
+class EvidenceConfig(_Section, frozen=True):
+    """Where each transition leaves its evidence, "" for nowhere."""
+
+    folder: str = ""
+
+
+class MetricsConfig(_Section, frozen=True):
+    """``host:port`` on which a Prometheus server may ask, "" for none."""
+
+    address: str = ""
+
+
 class PublishConfig(_Section, frozen=True):
     """Where signals are published."""
 
@@ -127,6 +178,14 @@ class Config(_Section, frozen=True):
     trigger: TriggerConfig = TriggerConfig()
     book: BookConfig = BookConfig()
     trust: TrustConfig = TrustConfig()
+    failover: FailoverConfig = FailoverConfig()
+    controls: ControlsConfig = ControlsConfig()
+    shadow: ShadowConfig = ShadowConfig()
+    control: ControlConfig = ControlConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
+    recalibration: RecalibrationConfig = RecalibrationConfig()
+    drift: DriftConfig = DriftConfig()
+    metrics: MetricsConfig = MetricsConfig()
     publish: PublishConfig = PublishConfig()
     tape: TapeConfig = TapeConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -186,6 +245,20 @@ def parse_config(raw: dict[str, Any], *, where: str, folder: Path | None = None)
         config,
         model=msgspec.structs.replace(config.model, bundle=_resolve(folder, config.model.bundle)),
         tape=msgspec.structs.replace(config.tape, path=_resolve(folder, config.tape.path)),
+        controls=msgspec.structs.replace(
+            config.controls, halt_file=_resolve(folder, config.controls.halt_file)
+        ),
+        control=msgspec.structs.replace(
+            config.control,
+            curve_secret_key_file=_resolve(folder, config.control.curve_secret_key_file),
+            curve_clients_folder=_resolve(folder, config.control.curve_clients_folder),
+        ),
+        recalibration=msgspec.structs.replace(
+            config.recalibration, folder=_resolve(folder, config.recalibration.folder)
+        ),
+        evidence=msgspec.structs.replace(
+            config.evidence, folder=_resolve(folder, config.evidence.folder)
+        ),
     )
 
 
@@ -212,8 +285,9 @@ def default_config(instruments: Iterable[tuple[str, str]]) -> Config:
 def semantic(config: Config) -> dict[str, Any]:
     """Only what can change a signal, as plain JSON values in a fixed order.
 
-    Endpoints, paths, backend, device, threads, the loop and the tape are not in it: the promise is
-    that they change no bit. Of the trigger only the number that its kind reads is.
+    Endpoints, paths, backend, device, threads, the loop, the tape and the shadow are not in it: the
+    promise is that they change no bit that the tape's events do not explain. Of the trigger only
+    the number that its kind reads is.
     """
     trigger: dict[str, Any] = {"kind": config.trigger.kind}
     if config.trigger.kind == "events":
@@ -226,6 +300,12 @@ def semantic(config: Config) -> dict[str, Any]:
         "trigger": trigger,
         "book": {"max_levels": config.book.max_levels},
         "trust": {"stale_after_ns": config.trust.stale_after_ns},
+        "failover": msgspec.to_builtins(config.failover),
+        "controls": {
+            key: value
+            for key, value in msgspec.to_builtins(config.controls).items()
+            if key != "halt_file"
+        },
         "limits": {"max_pending_bytes": config.limits.max_pending_bytes},
         "model": {"precision": config.model.precision},
     }
@@ -336,6 +416,20 @@ def _check_config(config: Config, where: str) -> None:
     if config.publish.endpoint:
         check_endpoint(config.publish.endpoint, key="publish.endpoint", where=where, binds=True)
         _once(bound, config.publish.endpoint, "publish.endpoint", where)
+    if config.control.endpoint:
+        check_endpoint(config.control.endpoint, key="control.endpoint", where=where, binds=True)
+        _once(bound, config.control.endpoint, "control.endpoint", where)
+        locked = config.control.curve_secret_key_file and config.control.curve_clients_folder
+        if not locked and not is_local(config.control.endpoint):
+            raise InputError(
+                "'control.endpoint' could be reached from other machines",
+                where=where,
+                expected="ipc:// or tcp:// on 127.0.0.1, or curve_secret_key_file and"
+                " curve_clients_folder",
+                found=config.control.endpoint,
+            )
+    if config.metrics.address:
+        check_endpoint(f"tcp://{config.metrics.address}", key="metrics.address", where=where)
     _at_most(len(config.feeds), MAX_FEEDS, "feed", where)
     _at_most(len(config.instruments), MAX_INSTRUMENTS, "instrument", where)
     if not config.instruments:

@@ -26,12 +26,15 @@ from engine.features import SCHEMA_HASH
 from engine.feed import MALFORMED, NOTHING, FeedConnection
 from engine.handshake import Handshake, Notice
 from engine.hashes import code_hash
+from engine.oversight import Oversight
 from engine.pipeline import Pipeline
 from engine.publisher import SignalPublisher
-from engine.recorder import Recorder, ScratchTape, open_recorder
+from engine.recorder import Recorder, ScratchTape, insert_record, open_recorder
+from engine.shadow_ring import STAT_NAMES
 from engine.signals import AT_BOOK_STATE
 from engine.totals import Totals
-from engine.trust import BOOK_STATES, SYNCED
+from engine.trust import BOOK_STATES, MODE_FP32, SYNCED
+from engine.trust_events import INFERENCE_LATE, Control
 from feeds import codec, tape, wire
 from feeds.errors import InputError
 
@@ -66,14 +69,17 @@ class Daemon:
         self._started_ns = self.now_ns()
         self.epoch: Final = self._started_ns
         self.bundle: Bundle = load_bundle(config.model.bundle)
-        self._backend = open_backend(
+        backend = open_backend(
             config.model.backend,
             self.bundle,
             config.model.device,
             threads=config.model.threads,
             precision=config.model.precision,
         )
-        self.pipeline = Pipeline(config, self.bundle, self._backend, engine_epoch=self.epoch)
+        self.pipeline = Pipeline(config, self.bundle, backend, engine_epoch=self.epoch)
+        loaded = self.pipeline.trust.loaded
+        assert loaded is not None
+        loaded.backend(MODE_FP32)  # warm before it is needed
         names = self.pipeline.names
         self._topics = [codec.topic("signal", *name) for name in names]
         self._alert_topics = [codec.topic("alert", *name) for name in names]
@@ -96,14 +102,24 @@ class Daemon:
             + 8
         )
         self._room = config.limits.max_message_bytes + self._signal_bytes * (len(names) + 1)
-        self._room += tape.RECORD_HEADER_BYTES
+        self._room += 2 * tape.RECORD_HEADER_BYTES + wire.HEADER_BYTES + wire.CONTROL_BLOCK
         try:
-            topics = [*self._topics, *self._alert_topics, state.STATE_TOPIC]
+            topics = [*self._topics, *self._alert_topics, state.STATE_TOPIC, state.ALERT_TOPIC]
             self.publisher = SignalPublisher(
                 config.publish.endpoint, topics, send_hwm=config.limits.send_hwm
             )
             for feed in config.feeds:
                 self._feeds.append(FeedConnection(self._context, feed, config.limits, names))
+            self.oversight = Oversight(
+                config,
+                self.pipeline,
+                self._context,
+                now_ns=self.now_ns,
+                take=self._take_now,
+                tell=self._alert,
+                values=self.state_values,
+                notice=notice,
+            )
         except InputError:
             self.close()
             raise
@@ -146,6 +162,7 @@ class Daemon:
         )
         self._warm_up()
         self._recorder = open_recorder(self.config.tape.path, meta)
+        self.oversight.tape_path = str(getattr(self._recorder, "path", ""))
         for recv_ns, payload in handshake.early:
             self._take(tape.MARKET, recv_ns, payload)
         self.ready = True
@@ -155,7 +172,9 @@ class Daemon:
 
         Loading a compiled function and filling its dispatcher takes milliseconds the first time.
         """
-        pipeline = Pipeline(self.config, self.bundle, self._backend)
+        loaded = self.pipeline.trust.loaded
+        assert loaded is not None
+        pipeline = Pipeline(self.config, self.bundle, loaded.backend(loaded.mode))
         scratch = ScratchTape(WARM_UP_BYTES)
         venue, symbol = pipeline.names[0]
         one = Decimal(1)
@@ -202,20 +221,54 @@ class Daemon:
     def _step(self, arena: Any, at: int, end: int, recv_ns: int) -> None:
         """Advance over one record and send every signal that it makes due."""
         pipeline = self.pipeline
+        start = at
         while at < end:
             at = pipeline.advance(arena, at, end)
             if not pipeline.fired:
-                return
+                break
+            before = pipeline.ticket
             message = pipeline.answer(self.now_ns)
             slot = pipeline.slot
             self.publisher.publish(self._topics[slot], message)
             sent_ns = self.now_ns()
             assert self._recorder is not None
+            if pipeline.late_ns:
+                size = self._record_late(start, slot, recv_ns)
+                at, end = at + size, end + size
             self._recorder.append(tape.SIGNAL, sent_ns, message)
             latency.record(self.latency, sent_ns - recv_ns)
+            if pipeline.ticket != before:
+                self.oversight.submit(slot, pipeline.signal_seq, pipeline.fresh)
             book_state = message[AT_BOOK_STATE]
             if book_state != SYNCED:
                 self._report(slot, book_state)
+            if pipeline.trust.moves:
+                self._tell_moves()
+
+    def _record_late(self, at: int, slot: int, recv_ns: int) -> int:
+        """Put what only the clock knew before the record that it is about, as a replay needs it."""
+        pipeline, recorder = self.pipeline, self._recorder
+        assert recorder is not None
+        venue, symbol = pipeline.names[slot]
+        event = Control(
+            INFERENCE_LATE,
+            self.now_ns(),
+            "clock",
+            value=pipeline.late_ns,
+            signal_seq=pipeline.signal_seq,
+            venue=venue,
+            symbol=symbol,
+        )
+        self._notice(f"inference late: {pipeline.late_ns / 1e9:.3f} s, {venue} {symbol}")
+        return insert_record(recorder, at, tape.CONTROL, recv_ns, event.encode())
+
+    def _take_now(self, kind: int, payload: bytes) -> None:
+        """An event from beside the hot path: on the tape, taken, and what it moved told."""
+        if self._recorder is None:
+            return  # before the tape is open, or after it was closed
+        self._take(kind, self.now_ns(), payload)
+        if self.pipeline.trust.moves or self.pipeline.trust.notes or self.pipeline.trust.retired:
+            self._tell_moves()
 
     def _take(self, kind: int, recv_ns: int, payload: bytes) -> None:
         """Record one event that did not come through `_drain`, and advance over it."""
@@ -229,16 +282,21 @@ class Daemon:
 
     # Beside it.
 
+    def _tell_moves(self) -> None:
+        self.oversight.report()
+        self._publish_state()
+
     def _report(self, slot: int, book_state: int) -> None:
         severity = state.INFO if book_state == 0 else state.WARNING
         self._alert(slot, severity, f"book {BOOK_STATES[book_state]}")
         self._request_snapshots()
 
     def _alert(self, slot: int, severity: int, text: str) -> None:
+        """Publish an alert about an instrument, or the engine where ``slot`` is below 0."""
         self._alert_seq += 1
-        venue, symbol = self.pipeline.names[slot]
+        venue, symbol = self.pipeline.names[slot] if slot >= 0 else ("", "")
         self.publisher.publish(
-            self._alert_topics[slot],
+            self._alert_topics[slot] if slot >= 0 else state.ALERT_TOPIC,
             state.encode_alert(
                 self.epoch, self._alert_seq, self.now_ns(), venue, symbol, severity, text
             ),
@@ -263,9 +321,10 @@ class Daemon:
         now = self.now_ns()
         self._take(tape.TIMER, now, codec.encode_timer(now))
         self._request_snapshots()
+        self.oversight.on_timer(now)
         if now >= self._next_state_ns:
             self._next_state_ns = now + STATE_EVERY_NS
-            self.publisher.publish(state.STATE_TOPIC, state.encode_state(self.state_values()))
+            self._publish_state()
             rejected = self.pipeline.counters["rejected"]
             if rejected > self._rejected_told:
                 self._rejected_told = rejected
@@ -273,10 +332,14 @@ class Daemon:
             gc.collect(1)
             self._collections += 1
 
-    def state_values(self) -> dict[str, int]:
-        """The fields of EngineState as they are now."""
-        counters = self.pipeline.counters
+    def _publish_state(self) -> None:
         self._state_seq += 1
+        self.publisher.publish(state.STATE_TOPIC, state.encode_state(self.state_values()))
+
+    def state_values(self) -> dict[str, Any]:
+        """The fields of EngineState as they are now."""
+        pipeline, shadow = self.pipeline, self.oversight.shadow
+        counters = pipeline.counters
         return {
             "engine_epoch": self.epoch,
             "seq": self._state_seq,
@@ -293,9 +356,18 @@ class Daemon:
             "latency_p50_ns": latency.quantile(self.latency, 0.50),
             "latency_p99_ns": latency.quantile(self.latency, 0.99),
             "code_hash": code_hash(),
-            "model_hash": self.bundle.model_hash,
+            "model_hash": pipeline.trust.model_hash,
             "config_hash": config_hash(self.config),
             "feature_hash": SCHEMA_HASH,
+            "mode": pipeline.trust.failover.mode,
+            "shadow_state": pipeline.trust.failover.shadow,
+            "transitions": pipeline.trust.failover.transitions,
+            "violations": pipeline.suppressed["VALUE_CHECK"],
+            "shadow_answers": pipeline.trust.shadow_answers,
+            "shadow_missed": 0 if shadow is None else shadow.missed,
+            "disagreements": pipeline.trust.disagreements,
+            "swaps": pipeline.trust.swaps,
+            **(dict.fromkeys(STAT_NAMES, 0.0) if shadow is None else shadow.stats),
         }
 
     async def run(self, seconds: float = 0.0) -> Totals:
@@ -304,6 +376,7 @@ class Daemon:
         stopped = asyncio.Event()
         for number in (os_signal.SIGINT, os_signal.SIGTERM):
             loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(os_signal.SIGUSR1, self.oversight.halt, "signal", "SIGUSR1")
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -333,6 +406,7 @@ class Daemon:
             if feed.dealer is not None:
                 loop.add_reader(feed.dealer_fd, self._take_answers)
         loop.add_reader(self.publisher.fd, self.publisher.serve_joins)
+        await self.oversight.start(loop)
         try:
             if self.config.loop.busy_poll:
                 deadline = self.now_ns() + int(seconds * 1e9)
@@ -350,6 +424,7 @@ class Daemon:
         finally:
             for timer in timers:
                 timer.cancel()
+            await self.oversight.stop(loop)
             for feed in self._feeds:
                 loop.remove_reader(feed.sub_fd)
                 if feed.dealer is not None:
@@ -357,7 +432,7 @@ class Daemon:
             loop.remove_reader(self.publisher.fd)
             gc.enable()
             gc.unfreeze()
-        self.publisher.publish(state.STATE_TOPIC, state.encode_state(self.state_values()))
+        self._publish_state()
         return self.totals()
 
     def totals(self) -> Totals:
@@ -399,7 +474,9 @@ class Daemon:
         self._feeds = []
         if hasattr(self, "publisher"):
             self.publisher.close()
-        self._backend.close()
+        if hasattr(self, "oversight"):
+            self.oversight.close()
+        self.pipeline.close()
         self._context.term()
 
 

@@ -3,8 +3,9 @@
     record → check → sequence → book → features → trigger → infer → value check → encode
 
 All state lives in arrays made here, once. `Pipeline.advance` runs native code over tape records
-up to the next signal that is due; `Pipeline.answer` infers and encodes it. Nothing here reads a
-clock, and a slot is an instrument's place in (venue, symbol) order, so the order in which a
+up to the next signal that is due; `Pipeline.answer` infers and encodes it. Trust events on the
+tape (`engine.trust_events`) are taken on the way, between two signals. Nothing here reads a clock
+of its own, and a slot is an instrument's place in (venue, symbol) order, so the order in which a
 config names its instruments changes nothing.
 """
 
@@ -16,18 +17,18 @@ from typing import Final
 import numpy as np
 
 from engine import advance as kernel
-from engine import features, signals
+from engine import controls, features, signals, trust
 from engine.backends.interface import Backend
 from engine.book import FLOW_FIELDS, new_books, side_levels
 from engine.bundle import Bundle
 from engine.config import Config, config_hash
 from engine.hashes import code_hash
-from engine.trust import (
-    NUMERICS,
-    PRECISIONS,
-    REASON_INFERENCE_FAILED,
-    REASONS,
-)
+from engine.model_input import RUN, SEEN_ROWS, new_norm, set_norm
+from engine.recent import remember
+from engine.serving import Loaded
+from engine.trust import REASONS
+from engine.trust_events import ARM, Control, decode_event
+from engine.trust_keeper import Load, TrustKeeper
 from feeds import codec, sync, wire
 from feeds.errors import InputError
 
@@ -64,7 +65,11 @@ class Pipeline:
     bundle : Bundle or None
         The model's normalisation; None computes raw features and never infers.
     backend : Backend or None
-        What infers; given exactly when ``bundle`` is.
+        What infers; given exactly when ``bundle`` is. The pipeline closes it.
+    load : callable, optional
+        Gives the model that a swap on the tape names; without it only those given to `offer`.
+    follow_trust_events : bool
+        False passes over commands and shadow answers, as they belong to another run.
     engine_epoch : int
         Names this run of the engine in its signals, outside the digest.
     compute_always : bool
@@ -78,6 +83,18 @@ class Pipeline:
         The best levels of each book and how many there are; see `engine.book`.
     vector : ndarray of float64, shape (N_FEATURES,)
         Raw features of the last signal that was tradable before inference.
+    trust : TrustKeeper
+        Who answers, and why.
+    ticket : int
+        Inferences so far.
+    fresh : bool
+        Whether the model's stream started anew with the last inference.
+    late_ns : int
+        What the last inference took where that was over its budget, else 0.
+    guards, scores : ndarray
+        State of the controls; see `engine.controls`.
+    seen : ndarray
+        What the model's inputs were before; see `engine.model_input`.
     """
 
     def __init__(
@@ -86,6 +103,8 @@ class Pipeline:
         bundle: Bundle | None,
         backend: Backend | None,
         *,
+        load: Load | None = None,
+        follow_trust_events: bool = True,
         engine_epoch: int = 0,
         compute_always: bool = False,
     ) -> None:
@@ -104,7 +123,6 @@ class Pipeline:
         self.signals = 0
         self.tradable = 0
         self.suppressed: Final = dict.fromkeys((name for _, name in REASONS), 0)
-        self._backend = backend
         keys = b"".join(
             codec.ascii_field(venue, 16, "config key 'instrument.venue'")
             + codec.ascii_field(symbol, 32, "config key 'instrument.symbol'")
@@ -131,20 +149,28 @@ class Pipeline:
         self._params[kernel.COMPUTE_ALWAYS] = compute_always
         self._facts: Final = np.zeros(signals.FACT_FIELDS, dtype=np.int64)
         self.vector: Final = np.zeros(width, dtype=np.float64)
-        self._mean: Final = np.zeros(width) if bundle is None else bundle.mean
-        self._inv_scale: Final = np.ones(width) if bundle is None else bundle.inv_scale
-        self._clip: Final = float("inf") if bundle is None else bundle.clip
+        self._norm: Final = new_norm(width, bundle)
+        self._clip = float("inf") if bundle is None else bundle.clip
+        self.seen: Final = np.zeros((n, SEEN_ROWS, width), dtype=np.float32)
         self.x: Final = np.zeros((1, width), dtype=np.float32)
         self._x_bytes: Final = self.x.reshape(-1).view(np.uint8)
         n_outputs = 0 if bundle is None else len(bundle.classes)
         self._outputs: Final = np.zeros(n_outputs, dtype=np.float32)
-        self._precision = self._numerics = 0
+        self.guards, self.scores = controls.new_guards(n, n_outputs)
+        self._limits = controls.limits(config.controls, config.failover)
+        self.ticket = self.late_ns = 0
+        self.fresh = False
+        self._budget_ns = config.failover.inference_budget_ns
+        self._follow = follow_trust_events
+        loaded = None
         backend_name = "none"
-        if backend is not None:
+        if bundle is not None and backend is not None:
+            loaded = Loaded(bundle, backend)
             info = backend.info()
-            self._precision = PRECISIONS.index(info.precision)
-            self._numerics = NUMERICS.index(info.numerics)
             backend_name = f"{info.name}-{info.device}"[:16]
+        self.trust: Final = TrustKeeper(
+            config, names, loaded, load=load, take_over=self._take_over, n_outputs=n_outputs
+        )
         self._messages: Final = [
             signals.signal_template(
                 venue,
@@ -169,7 +195,21 @@ class Pipeline:
         int
             Where to go on. `fired` says whether a signal is due; call `answer` then, before the
             next `advance`.
+
+        Raises
+        ------
+        InputError
+            For a trust event that cannot be read, or a swap to a model that cannot be had.
         """
+        at = self._advance(buf, at, stop)
+        while self._shared[kernel.FIRED_SLOT] == kernel.EVENT_DUE:
+            if self._follow:
+                self._take_event(buf)
+            at = self._advance(buf, at, stop)
+        self.fired = self._shared[kernel.FIRED_SLOT] >= 0
+        return at
+
+    def _advance(self, buf: np.ndarray, at: int, stop: int) -> int:
         after: int = kernel.advance(
             buf,
             at,
@@ -190,13 +230,12 @@ class Pipeline:
             self._params,
             self._facts,
             self.vector,
-            self._mean,
-            self._inv_scale,
+            self._norm,
             self._clip,
+            self.seen,
             self.x,
             self._x_bytes,
         )
-        self.fired = self._shared[kernel.FIRED_SLOT] >= 0
         return after
 
     @property
@@ -204,13 +243,19 @@ class Pipeline:
         """Slot of the instrument whose signal is due, an index into `names`."""
         return int(self._shared[kernel.FIRED_SLOT])
 
+    @property
+    def signal_seq(self) -> int:
+        """Of the signal that is due, or was answered last."""
+        return int(self._facts[signals.FACT_SIGNAL_SEQ])
+
     def answer(self, clock: Callable[[], int] | None = None) -> memoryview:
         """Infer and encode the signal that is due.
 
         Parameters
         ----------
         clock : callable, optional
-            Tells the time of emission in ns; without one it is the time of receipt.
+            Tells the time in ns, for the time of emission and an inference's budget. Without one
+            they are the time of receipt, and what the tape says was late.
 
         Returns
         -------
@@ -219,29 +264,59 @@ class Pipeline:
         """
         assert self.fired, "no signal is due"
         slot = self.slot
-        facts = self._facts
-        backend = self._backend
-        if facts[signals.FACT_REASONS] == 0:
-            if backend is None:
-                self._outputs.fill(0.0)
-            else:
-                if self._track[slot, kernel.STREAM_RESET]:
-                    self.take_stream_reset(slot)
-                    backend.reset(slot)
-                try:
-                    backend.infer(slot, self.x, self._outputs)
-                except RuntimeError:
-                    # The signal says so; the book and the next inference go on.
-                    self.inference_failures += 1
-                    facts[signals.FACT_REASONS] = REASON_INFERENCE_FAILED
-        emitted_ns = int(facts[signals.FACT_RECEIVED]) if clock is None else clock()
+        facts, keeper = self._facts, self.trust
+        serving, failover = keeper.serving, keeper.failover
+        mask = blocked = self.late_ns = 0
+        emitted_ns = int(facts[signals.FACT_RECEIVED])
+        if serving is None:
+            self._outputs.fill(0.0)
+        elif facts[signals.FACT_REASONS] == 0:
+            self.ticket += 1
+            fresh = self.fresh = bool(self._track[slot, kernel.STREAM_RESET])
+            if fresh:
+                self.take_stream_reset(slot)
+            if clock is not None:
+                emitted_ns = clock()
+            try:
+                mask = serving.infer(slot, self.ticket, self.x, self._outputs, fresh)
+            except RuntimeError:
+                # The signal says so; the book and the next inference go on.
+                self.inference_failures += 1
+                facts[signals.FACT_REASONS] = trust.REASON_INFERENCE_FAILED
+            if self._budget_ns > 0:
+                self._note_late(slot, clock, emitted_ns)
+                if self.late_ns:
+                    blocked = trust.REASON_LATE
+            recent = keeper.recent
+            remember(
+                recent.about,
+                recent.vectors,
+                recent.outputs,
+                self.ticket,
+                slot,
+                facts[signals.FACT_SIGNAL_SEQ],
+                failover.serving,
+                fresh,
+                self.vector,
+                self._outputs,
+            )
+        if failover.mode == trust.MODE_HALTED:
+            blocked |= trust.REASON_HALTED
+        if clock is not None:
+            emitted_ns = clock()
         reasons = signals.encode_signal(
             self._messages[slot],
             facts,
             self._outputs,
-            self._precision,
-            self._numerics,
+            mask,
+            blocked,
+            keeper.precision,
+            keeper.numerics,
+            failover.shadow,
             emitted_ns,
+            self.guards[slot],
+            self.scores[slot],
+            *self._limits,
         )
         self.signals += 1
         if reasons == 0:
@@ -250,7 +325,38 @@ class Pipeline:
             for bit, name in REASONS:
                 if reasons & bit:
                     self.suppressed[name] += 1
+            value_check = int(facts[signals.FACT_VALUE_CHECK])
+            at_ns = int(facts[signals.FACT_RECEIVED])
+            keeper.judge(slot, self.ticket, at_ns, reasons, value_check, self.late_ns)
         return self._views[slot]
+
+    def _note_late(self, slot: int, clock: Callable[[], int] | None, started_ns: int) -> None:
+        """Was the last inference over its budget, by the clock or by the tape?"""
+        if clock is None:
+            self.late_ns = self.trust.told_late(slot, self.signal_seq)
+        else:
+            took_ns = clock() - started_ns
+            self.late_ns = took_ns if took_ns > self._budget_ns else 0
+
+    def _take_event(self, buf: np.ndarray) -> None:
+        start, length, at_ns = self._shared[kernel.EVENT_AT : kernel.EVENT_TIME + 1].tolist()
+        event = decode_event(bytes(buf[start : start + length]))
+        if isinstance(event, Control) and event.command == ARM:
+            controls.rearm(self.guards)
+        self.trust.take(event, at_ns)
+
+    def _take_over(self, bundle: Bundle) -> None:
+        """Another model answers from here on."""
+        assert len(bundle.classes) == len(self._outputs), "a model of other outputs"
+        set_norm(self._norm, bundle)
+        self._clip = bundle.clip
+        self.seen[:, RUN] = 0.0
+        for message in self._messages:
+            signals.set_model_hash(message, bundle.model_hash)
+
+    def close(self) -> None:
+        """Give every model back."""
+        self.trust.close()
 
     def take_stream_reset(self, slot: int) -> bool:
         """Whether the model's state of an instrument starts anew; asking clears it."""

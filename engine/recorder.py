@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from feeds.tape import MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, TapeMeta, put_record
+from feeds.tape import MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, TapeMeta, padded, put_record
 from feeds.tape_writer import TapeWriter
 
 SCRATCH_BYTES: Final = 1 << 25
@@ -78,6 +78,23 @@ class ScratchTape:
 
     def close(self) -> None:
         """Nothing to finish."""
+
+
+def insert_record(recorder: Recorder, at: int, kind: int, recv_ns: int, payload: bytes) -> int:
+    """Put one record before the one at ``at``; returns its size, by which all after it moved.
+
+    For the rare event that is known only after the record that it has to precede. There must be
+    room for it.
+    """
+    arena, end = recorder.room(0)
+    size = RECORD_HEADER_BYTES + int(padded(len(payload)))
+    assert end + size <= len(arena), "no room was kept for it"
+    arena[at + size : end + size] = arena[at:end].copy()
+    body = at + RECORD_HEADER_BYTES
+    arena[body : body + len(payload)] = np.frombuffer(payload, dtype=np.uint8)
+    put_record(arena, at, kind, recv_ns, len(payload))
+    recorder.advance(end + size)
+    return size
 
 
 def open_recorder(path: str, meta: TapeMeta) -> Recorder:

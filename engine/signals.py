@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
 
+from engine.controls import check_controls, stuck_output
 from engine.trust import (
+    CHECK_OUTPUT,
     NO_CLASS,
     NUMERICS_NONE,
     PRECISION_NONE,
@@ -36,15 +38,12 @@ AT_REASONS: Final = _AT["reasons"]
 AT_VALUE_CHECK: Final = _AT["value_check"]
 AT_BEST_BID: Final = _AT["best_bid_ticks"]
 AT_BEST_ASK: Final = _AT["best_ask_ticks"]
+AT_MODEL_HASH: Final = _AT["model_hash"]
 AT_INPUT_CRC: Final = _AT["input_crc"]
 AT_RECEIVED: Final = _AT["received_ns"]
 AT_EMITTED: Final = _AT["emitted_ns"]
 AT_SOURCE_TIME: Final = _AT["source_time_ns"]
 AT_OUTPUTS: Final = wire.HEADER_BYTES + wire.SIGNAL_BLOCK + wire.GROUP_HEADER_BYTES
-
-# Value-check bits.
-CHECK_INPUT: Final = 1  # an input that is no finite number
-CHECK_OUTPUT: Final = 2  # an output that is no finite number
 
 # Columns of the facts that the pipeline hands over for one signal, int64.
 FACT_SIGNAL_SEQ: Final = 0
@@ -97,32 +96,60 @@ def signal_template(
     return np.frombuffer(data, dtype=np.uint8).copy()
 
 
+def set_model_hash(message: np.ndarray, model_hash: int) -> None:
+    """Let a template name another model."""
+    message[AT_MODEL_HASH : AT_MODEL_HASH + 8] = np.frombuffer(
+        model_hash.to_bytes(8, "little"), dtype=np.uint8
+    )
+
+
 @njit(
-    "int64(uint8[::1], int64[::1], float32[::1], int64, int64, int64)",
+    "int64(uint8[::1], int64[::1], float32[::1], int64, int64, int64, int64, int64, int64,"
+    " int64[::1], float32[:,::1], int64[::1], float64[::1])",
     cache=True,
 )
-def encode_signal(out, facts, outputs, precision, numerics, emitted_ns):  # type: ignore[no-untyped-def]
+def encode_signal(  # type: ignore[no-untyped-def]
+    out, facts, outputs, mask, blocked, precision, numerics, shadow_state, emitted_ns, guard,
+    scores, limits_i, limits_f,
+):  # fmt: skip
     """Complete a template with the facts and the model's outputs.
 
     A signal with any reason against it gets NaN outputs and no class: no number that anybody
     could trade on. An output that is no finite number is such a reason.
 
+    Parameters
+    ----------
+    mask : int
+        The value check of the model's own graph.
+    blocked : int
+        Reasons from outside: halted, late.
+    guard, scores, limits_i, limits_f : ndarray
+        See `engine.controls`.
+
     Returns
     -------
     int
-        The reasons: 0 for a tradable signal.
+        The reasons: 0 for a tradable signal. ``facts`` then has the whole value check.
     """
     reasons = facts[FACT_REASONS]
-    value_check = facts[FACT_VALUE_CHECK]
     n = len(outputs)
-    best = 0
+    best: Any = np.int64(0)
     if reasons == 0:
         for i in range(n):
             if not np.isfinite(outputs[i]):
-                value_check |= CHECK_OUTPUT
-                reasons |= REASON_VALUE_CHECK
+                mask |= CHECK_OUTPUT
             elif outputs[i] > outputs[best]:
                 best = i
+        if n > 0:
+            mask |= stuck_output(outputs, facts[FACT_INPUT_CRC], guard, scores, limits_i)
+        facts[FACT_VALUE_CHECK] |= mask
+        if mask != 0:
+            reasons = REASON_VALUE_CHECK
+    reasons |= blocked
+    if reasons == 0:
+        reasons = check_controls(
+            outputs, best, facts[FACT_RECEIVED], guard, scores, limits_i, limits_f
+        )
     if reasons != 0:
         best = NO_CLASS
         precision = PRECISION_NONE
@@ -142,9 +169,10 @@ def encode_signal(out, facts, outputs, precision, numerics, emitted_ns):  # type
     store_u8(out, AT_WARM, facts[FACT_WARM])
     store_u8(out, AT_PRECISION, precision)
     store_u8(out, AT_NUMERICS, numerics)
+    store_u8(out, AT_SHADOW_STATE, shadow_state)
     store_u8(out, AT_PREDICTED_CLASS, best)
     store_u16(out, AT_REASONS, reasons)
-    store_u32(out, AT_VALUE_CHECK, value_check)
+    store_u32(out, AT_VALUE_CHECK, facts[FACT_VALUE_CHECK])
     store_i64(out, AT_BEST_BID, facts[FACT_BEST_BID])
     store_i64(out, AT_BEST_ASK, facts[FACT_BEST_ASK])
     store_u32(out, AT_INPUT_CRC, facts[FACT_INPUT_CRC])

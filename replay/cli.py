@@ -1,4 +1,4 @@
-"""Commands of replay: ``octick replay`` and ``octick tape check``."""
+"""Commands of replay: ``octick replay``, ``octick why`` and ``octick tape check``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def _speed(context: click.Context, parameter: click.Parameter, value: str) -> fl
 @click.option(
     "--speed", callback=_speed, default="max", show_default=True, help="'max', or times the pace."
 )
+@click.option(
+    "--evidence",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for an evidence file of each move between INT8, FP32 and HALTED.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing --out.")
 @click.option(
     "--allow-truncated",
@@ -57,6 +62,7 @@ def replay(
     no_inference: bool,
     threads: int | None,
     speed: float,
+    evidence: Path | None,
     overwrite: bool,
     allow_truncated: bool,
     as_json: bool,
@@ -85,6 +91,7 @@ def replay(
             threads=threads,
             speed=speed,
             verify=verify,
+            evidence=evidence,
             overwrite=overwrite,
             allow_truncated=allow_truncated,
             watch=lambda size: stack.enter_context(progress("replaying", size)),
@@ -148,6 +155,46 @@ def _print_report(report: Report) -> None:
         for item in first.fields:
             fields.add_row(item.field, str(item.recorded), str(item.replayed))
         console.print(fields)
+
+
+@click.command()
+@click.argument("signal_id", metavar="SIGNAL_ID")
+@click.option("--tape", required=True, type=click.Path(path_type=Path), help="Where it stands.")
+@click.option("--model", type=click.Path(path_type=Path), help="Model bundle (a folder).")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Default: what the tape recorded, else the default over its instruments.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def why(signal_id: str, tape: Path, model: Path | None, config: Path | None, as_json: bool) -> None:
+    """Tell the whole story of a signal: SIGNAL_ID is venue.symbol/signal_seq.
+
+    The tape is replayed up to the signal. Printed are the signal and whether it was recorded so,
+    the rules that it passed or not, its inputs, book, messages, times, model and config, and what
+    moved the engine before it. With epoch: before the SIGNAL_ID the tape's engine epoch has to
+    match. A tape that is still being written is taken up to its last whole record.
+    """
+    import msgspec
+
+    from feeds.output import wide_console
+    from feeds.progress import progress
+    from replay.why import why as tell_of
+
+    with ExitStack() as stack:
+        story = tell_of(
+            signal_id,
+            tape,
+            model=model,
+            config=config,
+            watch=lambda size: stack.enter_context(progress("replaying", size)),
+        )
+    if as_json:
+        click.echo(msgspec.json.encode(story).decode())
+    else:
+        from replay.why_tables import show
+
+        show(story, wide_console())
 
 
 @click.command()

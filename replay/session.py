@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 from types import FrameType
 from typing import Any, Final
 
@@ -22,26 +22,28 @@ import msgspec
 import numpy as np
 from numba import njit
 
-from engine.backends.registry import open_backend
-from engine.bundle import load_bundle
-from engine.config import (
-    Config,
-    ModelConfig,
-    config_hash,
-    default_config,
-    from_semantic,
-    load_config,
-)
+from engine.config import Config, config_hash
 from engine.digest import Digest
+from engine.evidence import gather, write
 from engine.features import SCHEMA_HASH
 from engine.hashes import code_hash
 from engine.pipeline import Pipeline
+from engine.trust_keeper import Move
 from feeds import tape
-from feeds.errors import InputError
 from feeds.rawbytes import load_i64, load_u32
-from feeds.tape import TapeMeta
 from replay.merge import TapeStream, load_time
+from replay.opening import choose_config, opened
 from replay.verify import Verification, Verifier
+
+__all__ = [
+    "MAX_SPEED",
+    "Report",
+    "Session",
+    "choose_config",
+    "due_until",
+    "interruptible",
+    "replay_tapes",
+]
 
 MAX_SPEED: Final = 0.0
 SLEEP_SLICE_S: Final = 0.05
@@ -61,6 +63,10 @@ class Report(msgspec.Struct, frozen=True):
         SHA-256 over the canonical bytes of all signals, suppressed ones included.
     model_hash, config_hash, feature_hash, code_hash : str
         16 hex digits.
+    transitions, swaps : int
+        Moves between INT8, FP32 and HALTED; other models that took over.
+    trust_events : bool
+        Commands and shadow answers on the tape were followed: they belong to this model and config.
     truncated, interrupted : bool
         A tape had no END record; the replay was stopped by hand.
     counters : dict of str to int
@@ -90,6 +96,9 @@ class Report(msgspec.Struct, frozen=True):
     config_hash: str
     feature_hash: str
     code_hash: str
+    transitions: int
+    swaps: int
+    trust_events: bool
     truncated: bool
     interrupted: bool
     counters: dict[str, int]
@@ -104,39 +113,6 @@ def due_until(buf, at, stop, until_ns):  # type: ignore[no-untyped-def]
     while at < stop and load_i64(buf, at + 8) <= until_ns:
         at += tape.RECORD_HEADER_BYTES + tape.padded(load_u32(buf, at + 4))
     return at
-
-
-def choose_config(metas: Sequence[TapeMeta], path: str | os.PathLike[str] | None) -> Config:
-    """The config of a replay: the named one, else the recorded one, else the default.
-
-    Raises
-    ------
-    InputError
-        If the tapes recorded different configs, or nothing names an instrument.
-    """
-    if path is not None:
-        return load_config(path)
-    recorded = {
-        msgspec.json.encode(meta.config, order="sorted") if meta.config is not None else b""
-        for meta in metas
-    }
-    if len(recorded) > 1:
-        raise InputError(
-            "the tapes were recorded with different configs",
-            where="--config",
-            fix="name the config to replay all of them with",
-        )
-    config = metas[0].config
-    if config is not None:
-        return from_semantic(config)
-    names = {(item.venue, item.symbol) for meta in metas for item in meta.instruments}
-    if not names:
-        raise InputError(
-            "the tape names no instrument",
-            where="tape header",
-            fix="name a config with --config",
-        )
-    return default_config(names)
 
 
 @contextmanager
@@ -252,6 +228,7 @@ def replay_tapes(
     verify: bool = False,
     overwrite: bool = False,
     allow_truncated: bool = False,
+    evidence: str | os.PathLike[str] | None = None,
     watch: Callable[[int], Any] | None = None,
 ) -> Report:
     """Run the engine over tapes.
@@ -278,6 +255,8 @@ def replay_tapes(
         Replace an existing ``out``.
     allow_truncated : bool
         Take tapes without an END record up to their last whole record.
+    evidence : path-like, optional
+        Folder for an evidence file of each move between INT8, FP32 and HALTED.
     watch : callable, optional
         Told the bytes of all files, then it gives back a callable that is told the bytes read.
 
@@ -291,22 +270,12 @@ def replay_tapes(
     stream = TapeStream(paths, allow_truncated=allow_truncated)
     if watch is not None:
         stream.tick = watch(stream.file_bytes)
-    chosen = config if isinstance(config, Config) else choose_config(stream.metas, config)
-    bundle = backend = None
-    if inference:
-        bundle = load_bundle(_bundle_path(model, chosen.model))
     with ExitStack() as stack:
+        setting = stack.enter_context(
+            opened(stream.metas, model=model, config=config, inference=inference, threads=threads)
+        )
+        pipeline, chosen, bundle = setting.pipeline, setting.config, setting.bundle
         stop = stack.enter_context(interruptible())
-        if bundle is not None:
-            backend = open_backend(
-                chosen.model.backend,
-                bundle,
-                chosen.model.device,
-                threads=threads or chosen.model.threads,
-                precision=chosen.model.precision,
-            )
-            stack.callback(backend.close)
-        pipeline = Pipeline(chosen, bundle, backend, engine_epoch=stream.metas[0].engine_epoch)
         hashes = {
             "model": f"{0 if bundle is None else bundle.model_hash:016x}",
             "config": f"{config_hash(chosen):016x}",
@@ -326,6 +295,8 @@ def replay_tapes(
 
             file = stack.enter_context(SignalFile(out, metadata=metadata, overwrite=overwrite))
             sinks.append(file.append)
+        if evidence is not None:
+            pipeline.trust.on_move = partial(_write_evidence, pipeline, chosen, str(evidence))
         session = Session(pipeline, sinks, stop, speed)
         started = time.perf_counter()
         session.run(stream.chunks())
@@ -354,6 +325,9 @@ def replay_tapes(
         config_hash=hashes["config"],
         feature_hash=hashes["feature"],
         code_hash=hashes["code"],
+        transitions=pipeline.trust.failover.transitions,
+        swaps=pipeline.trust.swaps,
+        trust_events=setting.followed,
         truncated=stream.truncated,
         interrupted=session.interrupted,
         counters=counters,
@@ -363,14 +337,5 @@ def replay_tapes(
     )
 
 
-def _bundle_path(model: str | os.PathLike[str] | None, config: ModelConfig) -> Path:
-    if model is not None:
-        return Path(model)
-    if config.bundle:
-        return Path(config.bundle)
-    raise InputError(
-        "no model named",
-        where="--model",
-        expected="the folder of a model bundle",
-        fix="name one, or pass --no-inference",
-    )
+def _write_evidence(pipeline: Pipeline, config: Config, folder: str, move: Move) -> None:
+    write(folder, gather(pipeline, config, move))

@@ -104,13 +104,13 @@ class Verifier:
         if expected is None:
             self._surplus += 1
             if self._first_surplus is None:
-                self._first_surplus = _explain(index, None, message)
+                self._first_surplus = explain(index, None, message)
             return
         self._digest.update(expected)
         if canonical(expected) != canonical(message):
             self._differing += 1
             if self._first is None:
-                self._first = _explain(index, expected, message)
+                self._first = explain(index, expected, message)
 
     def finish(self, *, truncated: bool) -> Verification:
         """Count what the replay did not give, and judge."""
@@ -119,7 +119,7 @@ class Verifier:
             self._digest.update(expected)
             missing += 1
             if self._first is None:
-                self._first = _explain(self._replayed, expected, None)
+                self._first = explain(self._replayed, expected, None)
         recorded = self._digest.signals
         first = self._first
         surplus = self._surplus
@@ -138,9 +138,10 @@ class Verifier:
         )
 
 
-def _explain(
-    index: int, recorded: memoryview | None, replayed: memoryview | None
+def explain(
+    index: int, recorded: bytes | memoryview | None, replayed: bytes | memoryview | None
 ) -> SignalDifference:
+    """Name the canonical fields in which a signal differs; either side may be missing."""
     left = {} if recorded is None else describe(recorded)
     right = {} if replayed is None else describe(replayed)
     named = left or right

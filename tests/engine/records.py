@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from engine.backends.registry import open_backend
+from engine.bundle import load_bundle
 from engine.config import Config, default_config
 from engine.digest import Digest, canonical
 from engine.pipeline import Pipeline
@@ -72,10 +76,11 @@ def flow(i: int, first: int, count: int, seed: int, middle: int = 1000) -> list[
 
 
 def records(messages: Iterable[bytes], *, kinds: int = tape.MARKET, first_ns: int = 1) -> bytes:
-    """Tape records of messages, received one microsecond apart; timers find their own kind."""
+    """Tape records of messages, received one microsecond apart; events find their own kind."""
+    own = {wire.TIMER: tape.TIMER, wire.CONTROL: tape.CONTROL, wire.SHADOW_ANSWER: tape.SHADOW}
     out = bytearray()
     for n, message in enumerate(messages):
-        kind = tape.TIMER if codec.template_id(message) == wire.TIMER else kinds
+        kind = own.get(codec.template_id(message), kinds)
         size = tape.RECORD_HEADER_BYTES + tape.padded(len(message))
         buf = np.zeros(size, dtype=np.uint8)
         buf[tape.RECORD_HEADER_BYTES :][: len(message)] = np.frombuffer(message, dtype=np.uint8)
@@ -92,10 +97,17 @@ def config(symbols: tuple[str, ...] = SYMBOLS, **sections: object) -> Config:
 
 
 class Run:
-    """A pipeline without a model, and everything it said."""
+    """A pipeline, by default without a model, and everything it said."""
 
-    def __init__(self, settings: Config | None = None) -> None:
-        self.pipeline = Pipeline(settings or config(), None, None)
+    def __init__(
+        self, settings: Config | None = None, folder: Path | None = None, **options: Any
+    ) -> None:
+        chosen = settings or config()
+        bundle = backend = None
+        if folder is not None:
+            bundle = load_bundle(folder)
+            backend = open_backend("onnx", bundle, precision=chosen.model.precision)
+        self.pipeline = Pipeline(chosen, bundle, backend, **options)
         self.signals: list[np.void] = []
         self.canonical: dict[str, list[bytes]] = {}
         self.digest = Digest()

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import trust
+from engine.board import line_text, totals_text
 from engine.cli import subscribe
 from engine.client import CONFLICT_MEMORY, MAX_EPOCHS, SignalClient
+from engine.conflicts import Conflicts, Heard, Judged
 from engine.messages import Alert, EngineState, Signal, as_json, decode
 from engine.publisher import SignalPublisher
 from feeds import wire
@@ -39,9 +42,9 @@ def publisher(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Signal
         yield made
 
 
-def joined(publisher: SignalPublisher, *topics: str) -> SignalClient:
+def joined(publisher: SignalPublisher, *topics: str, conflicts: Conflicts = "mark") -> SignalClient:
     """A client whose subscriptions the publisher has answered."""
-    client = SignalClient(publisher.endpoint, topics or ("signal.",))
+    client = SignalClient(publisher.endpoint, topics or ("signal.",), conflicts=conflicts)
     expected = publisher.joins + len(client.topics)
     while publisher.joins < expected:
         assert publisher._socket.poll(WAIT_S * 1_000), "nobody subscribed"
@@ -222,6 +225,138 @@ def test_many_epochs_are_bounded(publisher: SignalPublisher) -> None:
         assert all(len(item.last) <= MAX_EPOCHS for item in client._sequences.values())
 
 
+def test_a_conflict_says_what_the_other_engine_is(publisher: SignalPublisher) -> None:
+    ours = {"model_hash": 1, "config_hash": 2, "feature_hash": 3, "code_hash": 4}
+    theirs = {"model_hash": 0xABC, "config_hash": 2, "feature_hash": 3, "code_hash": 0xDEF}
+    with joined(publisher) as client:
+        for seq in (1, 2):
+            publisher.publish(A, encode_signal(seq, **ours))
+            publisher.publish(A, encode_signal(seq, epoch=EPOCH + 1, **theirs))
+        got = [take(client) for _ in range(4)]
+    assert [item.conflict_why for item in got] == [
+        "",
+        "",
+        "another engine with model 0000000000000abc, code 0000000000000def",
+        "another engine with model 0000000000000001, code 0000000000000004",
+    ]
+    assert "two engines: another engine with model 0000000000000abc" in line_text(got[2])
+    assert as_json(got[2])["conflict_why"] == got[2].conflict_why
+    same = "another engine with the same model, config, features and code"
+    heard = Heard()
+    for epoch, seq in ((1, 1), (2, 1), (1, 2)):
+        judged = heard.judge(epoch, seq, (1, 2, 3, 4))
+    assert judged.why == same
+
+
+def test_the_second_engine_is_refused_where_that_is_asked_for(publisher: SignalPublisher) -> None:
+    with joined(publisher, conflicts="refuse") as client:
+        for seq in (1, 2, 3):
+            publisher.publish(A, encode_signal(seq, model_hash=1))
+            publisher.publish(A, encode_signal(seq, epoch=EPOCH + 1, model_hash=2))
+            publisher.publish(B, encode_signal(seq, epoch=EPOCH + 1, symbol="BETA", model_hash=2))
+        got = [take(client) for _ in range(6)]
+        assert client.receive_now() is None
+        ours = [item for item in got if item.symbol == "ALPHA"]
+        assert [(item.signal_seq, item.model_hash) for item in ours] == [(1, 1), (2, 1), (3, 1)]
+        assert [item.conflict for item in ours] == [False, True, True]
+        assert ours[1].conflict_why == "another engine with model 0000000000000002"
+        assert not any(item.conflict for item in got if item.symbol == "BETA")
+        assert (client.refused, client.conflicts, client.restarts, client.lost) == (3, 2, 0, 0)
+        assert client.received == 6
+        assert "3 refused of another engine" in totals_text(client)
+
+
+def test_an_engine_that_was_refused_is_followed_once_the_first_is_silent(
+    publisher: SignalPublisher,
+) -> None:
+    with joined(publisher, conflicts="refuse") as client:
+        publisher.publish(A, encode_signal(9, model_hash=1))
+        for seq in range(1, CONFLICT_MEMORY + 3):
+            publisher.publish(A, encode_signal(seq, epoch=EPOCH + 1, model_hash=2))
+        publisher.publish(A, encode_signal(10, model_hash=1))
+        got = [take(client) for _ in range(3)]
+        assert client.receive_now() is None
+    assert [item.signal_seq for item in got] == [9, CONFLICT_MEMORY + 1, CONFLICT_MEMORY + 2]
+    assert [item.restarted for item in got] == [False, True, False]
+    assert not any(item.conflict or item.lost_before for item in got)
+    assert client.refused == CONFLICT_MEMORY + 1, "now it is the first engine that is refused"
+    assert (client.restarts, client.lost) == (1, 0)
+
+
+@pytest.mark.parametrize("conflicts", ["mark", "refuse"])
+def test_a_new_version_is_followed_at_once_over_a_new_connection(
+    tmp_path: Path, conflicts: Conflicts
+) -> None:
+    endpoint = f"ipc://{tmp_path / 's'}"
+    with SignalPublisher(endpoint, [A]) as old:
+        client = joined(old, conflicts=conflicts)
+        old.publish(A, encode_signal(50, model_hash=1))
+        assert take(client).signal_seq == 50
+    hashes = {"model_hash": 2, "config_hash": 3, "code_hash": 4}
+    with client, SignalPublisher(endpoint, [A]) as new:
+        deadline = time.monotonic() + WAIT_S
+        while new.joins == 0:
+            assert time.monotonic() < deadline, "nobody connected again"
+            assert client.receive_now() is None  # libzmq subscribes again when the client asks
+            new._socket.poll(10)
+            new.serve_joins()
+        for seq in (2, 3):
+            new.publish(A, encode_signal(seq, epoch=EPOCH + 1, **hashes))
+        got = [take(client) for _ in range(2)]
+    assert [(item.restarted, item.lost_before) for item in got] == [(True, 1), (False, 0)]
+    assert not any(item.conflict for item in got)
+    assert (client.restarts, client.refused, client.conflicts) == (1, 0, 0)
+
+
+SAME, OTHER = (1, 2, 3, 4), (5, 2, 3, 4)
+
+
+def refusing(*heard: tuple[int, int], hashes: tuple[int, int, int, int] = SAME) -> list[Judged]:
+    """What (epoch, seq) pairs are, over one connection; epoch 1 has the hashes `SAME`."""
+    topic = Heard()
+    return [
+        topic.judge_refusing(epoch, seq, SAME if epoch == 1 else hashes, 0) for epoch, seq in heard
+    ]
+
+
+def test_a_restart_of_the_same_version_is_followed_at_once_until_the_old_one_speaks() -> None:
+    pairs = ((1, 1), (2, 1), (2, 2), (1, 2), (2, 3), (1, 3))
+    found = refusing(*pairs)
+    assert [item.verdict for item in found] == ["taken"] * 4 + ["refused", "taken"]
+    assert [item.restarted for item in found] == [False, True, False, False, False, False]
+    assert [item.noticed for item in found] == [False] * 3 + [True, False, True]
+    assert [item.verdict for item in refusing(*pairs, hashes=OTHER)] == [
+        *("taken", "refused", "refused", "taken", "refused", "taken"),
+    ]
+
+
+def test_an_older_engine_that_turns_up_later_is_refused_too() -> None:
+    assert [item.verdict for item in refusing((2, 1), (1, 5), (2, 2))] == [
+        *("taken", "refused", "taken"),
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 3)), max_size=200), st.booleans())
+def test_nothing_is_taken_twice_and_memory_is_bounded(
+    steps: list[tuple[int, int]], same: bool
+) -> None:
+    topic = Heard()
+    seqs: dict[int, int] = {}
+    taken: set[tuple[int, int]] = set()
+    for epoch, step in steps:
+        seqs[epoch] = seqs.get(epoch, 0) + step
+        hashes = SAME if same else (epoch, 2, 3, 4)
+        judged = topic.judge_refusing(epoch, seqs[epoch], hashes, 0)
+        if judged.verdict == "taken":
+            assert (epoch, seqs[epoch]) not in taken
+            taken.add((epoch, seqs[epoch]))
+            assert topic.judge_refusing(epoch, seqs[epoch], hashes, 0).verdict == "duplicate"
+        assert len(topic.last) <= MAX_EPOCHS
+        assert topic.epoch in topic.last
+    if not same and steps:
+        assert {epoch for epoch, _ in taken} == {steps[0][0]}, "no other has come to 256 yet"
+
+
 def test_malformed_messages_are_counted_and_passed_over(publisher: SignalPublisher) -> None:
     with joined(publisher) as client:
         publisher.publish(A, b"")
@@ -390,6 +525,30 @@ def test_subscribe_fails_when_less_came_than_asked_for(tmp_path: Path) -> None:
     result = CliRunner().invoke(subscribe, arguments)
     assert result.exit_code == 1
     assert result.stdout == ""
+
+
+def test_subscribe_can_refuse_a_second_engine(publisher: SignalPublisher) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "octick.py", "subscribe", publisher.endpoint),
+            *("--refuse-conflicts", "--json", "--count", "2"),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while publisher.joins == 0:
+        assert publisher._socket.poll(30_000), "nobody subscribed"
+        publisher.serve_joins()
+    publisher.publish(A, encode_signal(1, model_hash=1))
+    publisher.publish(A, encode_signal(1, epoch=EPOCH + 1, model_hash=2))
+    publisher.publish(A, encode_signal(2, model_hash=1))
+    out, err = process.communicate(timeout=30)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["signal_seq"], line["conflict"]) for line in lines] == [(1, False), (2, True)]
+    assert lines[1]["conflict_why"].endswith("model 0000000000000002")
+    assert "1 refused of another engine" in err
 
 
 def test_subscribe_for_a_time_ends_well(tmp_path: Path) -> None:

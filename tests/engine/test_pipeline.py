@@ -7,6 +7,8 @@ import pytest
 
 from engine import trust
 from engine.config import TriggerConfig, TrustConfig
+from engine.features import N_FEATURES
+from engine.model_input import BOUND, INV_SCALE, MAX_CONSTANT, MEAN
 from feeds import codec, tape, wire
 from tests.engine.records import Run, book, config, definition, flow, ladder, opening, records
 
@@ -246,10 +248,42 @@ def test_nothing_is_compiled_while_it_runs() -> None:
         assert kernel._can_compile is False
 
 
-def test_no_input_that_is_not_finite_reaches_a_tradable_signal() -> None:
-    run = Run(config(("A",)))
-    run.pipeline._mean[3] = np.nan
-    run.send(*opening(A), *flow(A, 2, 500, seed=1))
-    assert all(s["reasons"] != 0 for s in run.signals)
-    assert run.signals[-1]["reasons"] == trust.REASON_VALUE_CHECK
-    assert run.signals[-1]["value_check"] == 1
+PLANTS = {
+    "nan": (MEAN, np.nan, trust.CHECK_INPUT),
+    "inf": (MEAN, -np.inf, trust.CHECK_INPUT),
+    "-inf": (MEAN, np.inf, trust.CHECK_INPUT),
+    "1e30": (MEAN, -1e30, trust.CHECK_RANGE),
+    "-1e30": (MEAN, 1e30, trust.CHECK_RANGE),
+    "constant": (INV_SCALE, 0.0, trust.CHECK_STUCK_INPUT),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_no_impossible_input_reaches_a_tradable_signal(plant: str) -> None:
+    row, value, bit = PLANTS[plant]
+    run = Run(config(("A",))).send(*opening(A), *flow(A, 2, 500, seed=1))
+    run.pipeline.take_stream_reset(0)  # no model takes it here
+    norm = run.pipeline._norm
+    norm[BOUND] = 1e6
+    messages = iter(flow(A, 502, 40 * N_FEATURES, seed=2))
+    for feature in range(N_FEATURES):
+        kept = norm[:, feature].copy()
+        norm[row, feature] = value
+        norm[MAX_CONSTANT, feature] = 3
+        told = len(run.signals)
+        run.send(*(next(messages) for _ in range(38)))
+        planted = run.signals[told:]
+        if plant == "constant":
+            # It takes its declared run to be known as stuck.
+            assert len(planted) > 4
+            planted = planted[4:]
+        assert planted
+        for signal in planted:
+            assert signal["reasons"] == trust.REASON_VALUE_CHECK
+            assert signal["value_check"] == bit
+            assert signal["predicted_class"] == trust.NO_CLASS
+        norm[:, feature] = kept
+        run.send(next(messages), next(messages))
+    assert run.pipeline.suppressed["VALUE_CHECK"] > N_FEATURES
+    run.send(*flow(A, 502 + 40 * N_FEATURES, 20, seed=3))
+    assert run.signals[-1]["reasons"] == 0, "and all is well again"

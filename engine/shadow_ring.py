@@ -1,0 +1,203 @@
+# Hot path: `push_request`, a free @njit function.
+"""Two rings in shared memory between the engine and its shadow: requests out, answers back.
+
+Each ring has one writer and one reader and no lock: the writer fills a row and then moves the
+head, the reader empties it and then moves the tail, with a fence between. A full ring refuses, so
+neither side ever waits for the other.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Columns of `header`, int64, each counter in a cache line of its own.
+REQUEST_HEAD: Final = 0
+REQUEST_TAIL: Final = 8
+ANSWER_HEAD: Final = 16
+ANSWER_TAIL: Final = 24
+ALIVE_NS: Final = 32  # monotonic time at which the shadow last looked
+READY: Final = 33  # 1 = its models are open
+STOP: Final = 34
+STATS: Final = 40  # float64 from here on, `STAT_NAMES`
+HEADER: Final = 64
+STAT_NAMES: Final = ("divergence_p50", "divergence_p99", "divergence_max", "drift")
+
+# Columns of a row's `meta`, int64.
+TICKET: Final = 0
+SLOT: Final = 1
+SIGNAL_SEQ: Final = 2
+FLAGS: Final = 3
+META: Final = 4
+
+# Flags of a request.
+FRESH: Final = 1  # the stream starts anew with it
+GAP: Final = 2  # a request of this stream before it was dropped
+RELOAD: Final = 4  # no inference: open the bundle that `text` names
+# Flags of an answer, beside `engine.trust_events.SETTLING`.
+ALERT: Final = 256  # no inference: the payload is text
+
+TEXT_BYTES: Final = 1_024
+MIN_PAYLOAD_BYTES: Final = 256
+_ROW_BYTES: Final = 8 * META
+
+
+@intrinsic
+def _fence(typingctx: Any) -> Any:
+    """What was written before is seen before what is written after."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+@njit(
+    "boolean(int64[::1], int64[:,::1], float32[:,::1], int64, int64, int64, int64, float32[:,::1])",
+    cache=True,
+)
+def push_request(header, meta, xs, ticket, slot, seq, flags, x):  # type: ignore[no-untyped-def]
+    """Hand over one input, float32 of shape (1, n_features); False where the ring is full."""
+    rows = len(meta)
+    if header[REQUEST_HEAD] - header[REQUEST_TAIL] >= rows:
+        return False
+    at = header[REQUEST_HEAD] % rows
+    meta[at, TICKET] = ticket
+    meta[at, SLOT] = slot
+    meta[at, SIGNAL_SEQ] = seq
+    meta[at, FLAGS] = flags
+    for i in range(xs.shape[1]):
+        xs[at, i] = x[0, i]
+    _fence()
+    header[REQUEST_HEAD] += 1
+    return True
+
+
+@njit("boolean(int64[::1], int64[:,::1], float32[:,::1], int64[::1], float32[:,::1])", cache=True)
+def pop_request(header, meta, xs, out, x):  # type: ignore[no-untyped-def]
+    """Take the oldest request into ``out`` (`META`) and ``x``; False where there is none."""
+    tail = header[REQUEST_TAIL]
+    if header[REQUEST_HEAD] == tail:
+        return False
+    _fence()
+    at = tail % len(meta)
+    for i in range(META):
+        out[i] = meta[at, i]
+    for i in range(xs.shape[1]):
+        x[0, i] = xs[at, i]
+    _fence()
+    header[REQUEST_TAIL] = tail + 1
+    return True
+
+
+@njit(
+    "boolean(int64[::1], int64[:,::1], uint8[:,::1], int64[::1], uint8[::1])",
+    cache=True,
+)
+def push_answer(header, meta, payloads, row, payload):  # type: ignore[no-untyped-def]
+    """Give one answer back; False where the ring is full."""
+    rows = len(meta)
+    if header[ANSWER_HEAD] - header[ANSWER_TAIL] >= rows:
+        return False
+    at = header[ANSWER_HEAD] % rows
+    for i in range(META):
+        meta[at, i] = row[i]
+    for i in range(payloads.shape[1]):
+        payloads[at, i] = payload[i] if i < len(payload) else 0
+    _fence()
+    header[ANSWER_HEAD] += 1
+    return True
+
+
+@njit(
+    "boolean(int64[::1], int64[:,::1], uint8[:,::1], int64[::1], uint8[::1])",
+    cache=True,
+)
+def pop_answer(header, meta, payloads, row, payload):  # type: ignore[no-untyped-def]
+    """Take the oldest answer into ``row`` and ``payload``; False where there is none."""
+    tail = header[ANSWER_TAIL]
+    if header[ANSWER_HEAD] == tail:
+        return False
+    _fence()
+    at = tail % len(meta)
+    for i in range(META):
+        row[i] = meta[at, i]
+    for i in range(payloads.shape[1]):
+        payload[i] = payloads[at, i]
+    _fence()
+    header[ANSWER_TAIL] = tail + 1
+    return True
+
+
+class ShadowRing:
+    """The mapped memory and its arrays.
+
+    Parameters
+    ----------
+    fd : int
+        An open file; see `make`.
+    rows, n_features, n_outputs : int
+        The same on both sides.
+
+    Attributes
+    ----------
+    header, stats : ndarray
+    requests, inputs, answers, payloads : ndarray
+        Rows of both rings.
+    """
+
+    def __init__(self, fd: int, rows: int, n_features: int, n_outputs: int) -> None:
+        payload = max(MIN_PAYLOAD_BYTES, 8 * n_outputs)
+        self._map = mmap.mmap(fd, _size(rows, n_features, payload))
+        at = 0
+
+        def take(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+            nonlocal at
+            count = int(np.prod(shape))
+            array: np.ndarray = np.frombuffer(self._map, dtype, count, at).reshape(shape)
+            at += array.nbytes
+            return array
+
+        self.header = take((HEADER,), np.int64)
+        self.stats = self.header[STATS : STATS + len(STAT_NAMES)].view(np.float64)
+        self._text = take((TEXT_BYTES,), np.uint8)
+        self.requests = take((rows, META), np.int64)
+        self.answers = take((rows, META), np.int64)
+        self.inputs = take((rows, n_features), np.float32)
+        self.payloads = take((rows, payload), np.uint8)
+
+    @classmethod
+    def make(cls, rows: int, n_features: int, n_outputs: int) -> tuple[ShadowRing, int]:
+        """A new ring, and the descriptor that the other side opens it by."""
+        fd = os.memfd_create("octick-shadow")
+        payload = max(MIN_PAYLOAD_BYTES, 8 * n_outputs)
+        os.ftruncate(fd, _size(rows, n_features, payload))
+        return cls(fd, rows, n_features, n_outputs), fd
+
+    @property
+    def text(self) -> str:
+        """What a `RELOAD` names."""
+        return bytes(self._text).rstrip(b"\0").decode()
+
+    @text.setter
+    def text(self, value: str) -> None:
+        data = value.encode()
+        assert len(data) < TEXT_BYTES, "a path too long for the shadow"
+        self._text[:] = 0
+        self._text[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+
+    @property
+    def waiting(self) -> int:
+        """Requests not taken yet."""
+        return int(self.header[REQUEST_HEAD] - self.header[REQUEST_TAIL])
+
+
+def _size(rows: int, n_features: int, payload: int) -> int:
+    return 8 * HEADER + TEXT_BYTES + rows * (2 * _ROW_BYTES + 4 * n_features + payload)

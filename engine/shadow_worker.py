@@ -1,0 +1,141 @@
+"""The shadow's own process: both models on what the hot path answered, and the drift monitor.
+
+``python -m engine.shadow_worker PARENT FD ROWS FEATURES OUTPUTS BUNDLE DRIFT`` where PARENT is the
+engine's process, FD the ring that it made (`engine.shadow_ring`) and DRIFT the config's section as
+JSON. It looks for work
+every `IDLE_S`, says so in the ring, and ends when it is told to or when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from engine import shadow_ring as ring
+from engine.backends.registry import open_backend
+from engine.bundle import Bundle, load_bundle
+from engine.drift import DriftAlert, DriftConfig, DriftMonitor
+from engine.feature_specs import NAMES
+from engine.saturation import SaturationProbe
+from engine.trust_events import SETTLING
+
+IDLE_S: Final = 0.001
+SETTLE_ROWS: Final = 256  # of a model with state, before its answers count
+STATS_EVERY: Final = 256  # requests
+PROBE_EVERY: Final = 16  # requests
+CALIBRATION_NAME: Final = "calibration.npz"
+NICE: Final = 5  # the hot path comes first where cores are short
+
+
+class Models:
+    """Both models of a bundle, and what watches them."""
+
+    def __init__(self, bundle: Bundle, drift: DriftConfig) -> None:
+        self.bundle = bundle
+        self.fp32 = open_backend("onnx", bundle, "cpu", precision="fp32")
+        self.int8 = open_backend("onnx", bundle, "cpu", precision="int8")
+        self.has_state = bool(bundle.state("int8") or bundle.state("fp32"))
+        self.scores = np.zeros((2, bundle.n_outputs), dtype=np.float32)
+        self._outs = (self.scores[0], self.scores[1])
+        self._ages: dict[int, int] = {}
+        self._probe = SaturationProbe(bundle)
+        reference = {}
+        path = bundle.path / CALIBRATION_NAME
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                reference = {name: file[name] for name in file.files}
+        self.monitor = DriftMonitor(drift, NAMES, reference, self._probe.names)
+        self._seen = 0
+
+    def answer(self, slot: int, flags: int, x: np.ndarray) -> tuple[int, list[DriftAlert]]:
+        """Run both; returns the answer's flags and what drifts. The scores are in ``scores``."""
+        settling = 0
+        if flags & ring.FRESH:
+            self.fp32.reset(slot)
+            self.int8.reset(slot)
+            self._probe.reset(slot)
+            self._ages[slot] = SETTLE_ROWS
+        elif self.has_state:
+            age = 0 if flags & ring.GAP else self._ages.get(slot, 0)
+            settling = SETTLING if age < SETTLE_ROWS else 0
+            self._ages[slot] = age + 1
+        self.fp32.infer(slot, x, self._outs[0])
+        self.int8.infer(slot, x, self._outs[1])
+        self._seen += 1
+        saturated = None
+        if self.has_state or self._seen % PROBE_EVERY == 0:
+            saturated = self._probe.shares(slot, x)
+        divergence = float(np.abs(self.scores[0] - self.scores[1]).max())
+        return settling, self.monitor.observe(x[0], divergence, saturated)
+
+
+def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) -> None:
+    """Answer until told to stop, or orphaned."""
+    header = area.header
+    header[ring.ALIVE_NS] = time.monotonic_ns()
+    models = Models(load_bundle(bundle), drift)
+    header[ring.READY] = 1
+    row = np.zeros(ring.META, dtype=np.int64)
+    x = np.zeros((1, area.inputs.shape[1]), dtype=np.float32)
+    payload = models.scores.reshape(-1).view(np.uint8)
+    done = 0
+    while not header[ring.STOP] and os.getppid() == parent:
+        header[ring.ALIVE_NS] = time.monotonic_ns()
+        if not ring.pop_request(header, area.requests, area.inputs, row, x):
+            time.sleep(IDLE_S)
+            continue
+        flags = int(row[ring.FLAGS])
+        if flags & ring.RELOAD:
+            models = Models(load_bundle(Path(area.text)), drift)
+            payload = models.scores.reshape(-1).view(np.uint8)
+            continue
+        row[ring.FLAGS], alerts = models.answer(int(row[ring.SLOT]), flags, x)
+        _push(area, parent, row, payload)
+        for alert in alerts:
+            row[ring.FLAGS] = ring.ALERT
+            row[ring.TICKET] = alert.rows
+            _push(area, parent, row, np.frombuffer(alert_text(alert).encode(), dtype=np.uint8))
+        done += 1
+        if done % STATS_EVERY == 1:
+            state = models.monitor.state()
+            for i, name in enumerate(ring.STAT_NAMES):
+                area.stats[i] = state.get(name, 0.0)
+
+
+def alert_text(alert: DriftAlert) -> str:
+    """One line of an alert."""
+    return (
+        f"{alert.kind} {alert.subject}: {alert.statistic} {alert.value:.4g}, "
+        f"threshold {alert.threshold:.4g}"
+    )
+
+
+def _push(area: ring.ShadowRing, parent: int, row: np.ndarray, payload: np.ndarray) -> None:
+    """Wait for room: the engine empties its ring, or is gone."""
+    while not ring.push_answer(area.header, area.answers, area.payloads, row, payload):
+        if area.header[ring.STOP] or os.getppid() != parent:
+            return
+        area.header[ring.ALIVE_NS] = time.monotonic_ns()
+        time.sleep(IDLE_S)
+
+
+def main(arguments: list[str]) -> int:
+    """Run; see the module."""
+    parent, fd, rows, n_features, n_outputs = (int(text) for text in arguments[:5])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops us
+    os.nice(NICE)
+    area = ring.ShadowRing(fd, rows, n_features, n_outputs)
+    drift = msgspec.json.decode(arguments[6], type=DriftConfig)
+    serve(area, parent, Path(arguments[5]), drift)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
