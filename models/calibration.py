@@ -1,4 +1,4 @@
-"""The calibration set: whether it can serve, a sample of it to keep, and how it is distributed.
+"""The calibration set: whether it can serve, and how it is distributed.
 
 What is kept in a bundle lets the live distribution be held against it later: `FeatureHistogram`
 gives the population stability index of each feature, and the share of live values that lie where
@@ -70,61 +70,6 @@ def check_rows(rows: np.ndarray, where: str) -> None:
             found="a single row" if len(rows) == 1 else f"the same row {len(rows)} times",
             fix="take tapes on which the market moves, or more rows with --rows",
         )
-
-
-class Reservoir:
-    """A uniform sample of rows that come by one after another, in bounded memory.
-
-    The same seed and rows give the same sample, however the rows are batched.
-
-    Parameters
-    ----------
-    capacity : int
-        Rows kept at most.
-    n_features : int
-    seed : int
-
-    Notes
-    -----
-    Vitter (1985), "Random Sampling with a Reservoir", algorithm R: row number t replaces a random
-    one of the kept with probability ``capacity / (t + 1)``.
-    """
-
-    def __init__(self, capacity: int, n_features: int, seed: int) -> None:
-        assert capacity >= 1
-        self.seen = 0
-        self._rows = np.empty((capacity, n_features), dtype=np.float32)
-        self._numbers = np.empty(capacity, dtype=np.int64)
-        self._rng = np.random.default_rng(seed)
-
-    def __len__(self) -> int:
-        return min(self.seen, len(self._numbers))
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Kept rows in the order they came, float32 of shape (kept, n_features)."""
-        return self._rows[np.argsort(self._numbers[: len(self)])]
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """Their numbers, counted from 0, int64 of shape (kept,)."""
-        return np.sort(self._numbers[: len(self)])
-
-    def update(self, rows: np.ndarray) -> None:
-        """Let rows come by, shape (n, n_features)."""
-        assert rows.ndim == 2
-        numbers = np.arange(self.seen, self.seen + len(rows))
-        capacity = len(self._numbers)
-        place = numbers.copy()
-        late = numbers >= capacity
-        place[late] = self._rng.integers(0, numbers[late] + 1)
-        came = np.flatnonzero(place < capacity)
-        # Where two of a batch want one place the later has it, as if they had come singly.
-        places, last = np.unique(place[came][::-1], return_index=True)
-        came = came[::-1][last]
-        self._rows[places] = rows[came]
-        self._numbers[places] = numbers[came]
-        self.seen += len(rows)
 
 
 class Coverage(NamedTuple):

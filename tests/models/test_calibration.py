@@ -16,7 +16,6 @@ from models.calibration import (
     BINS,
     SMALLEST_SHARE,
     FeatureHistogram,
-    Reservoir,
     check_rows,
 )
 
@@ -73,63 +72,23 @@ def test_features_of_another_catalogue_are_named_by_number() -> None:
         check_rows(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, np.nan]]), "x.npz")
 
 
-# The sample that is kept
+# How the rows are distributed
 
 
-@given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=8), st.integers(0, 99))
-def test_batching_changes_no_sample(capacity: int, sizes: list[int], seed: int) -> None:
-    rows = np.arange(2 * sum(sizes), dtype=np.float32).reshape(-1, 2)
-    in_batches, singly = (Reservoir(capacity, 2, seed) for _ in range(2))
-    for batch in np.split(rows, np.cumsum(sizes)):
-        in_batches.update(batch)
-    for i in range(len(rows)):
-        singly.update(rows[i : i + 1])
-    assert in_batches.numbers.tolist() == singly.numbers.tolist()
-    assert in_batches.rows.tobytes() == singly.rows.tobytes()
-
-
-@given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 99))
-def test_a_sample_holds_different_rows_in_order_and_all_where_they_fit(
-    capacity: int, n: int, seed: int
-) -> None:
-    rows = np.arange(2 * n, dtype=np.float32).reshape(n, 2)
-    reservoir = Reservoir(capacity, 2, seed)
-    reservoir.update(rows)
-    assert len(reservoir) == len(reservoir.rows) == min(n, capacity)
-    assert reservoir.seen == n
-    assert np.all(np.diff(reservoir.numbers) > 0)
-    assert reservoir.rows.tolist() == rows[reservoir.numbers].tolist()
-
-
-def test_every_row_has_the_same_chance_to_be_kept() -> None:
-    n, capacity, draws = 40, 10, 4_000
-    kept = np.zeros(n)
-    for seed in range(draws):
-        reservoir = Reservoir(capacity, 1, seed)
-        reservoir.update(np.zeros((n, 1)))
-        kept[reservoir.numbers] += 1
-    expected = draws * capacity / n
-    assert np.abs(kept - expected).max() < 5.0 * np.sqrt(expected * (1.0 - capacity / n))
-
-
-def test_the_memory_of_sample_and_histogram_does_not_grow_with_the_rows() -> None:
+def test_the_memory_of_a_histogram_does_not_grow_with_the_rows() -> None:
     def peak(n_batches: int) -> int:
         rng = np.random.default_rng(0)
         tracemalloc.start()
-        reservoir, histogram = Reservoir(2_000, 8, 0), FeatureHistogram(8, CLIP)
+        histogram = FeatureHistogram(8, CLIP)
         for _ in range(n_batches):
             rows = np.clip(rng.normal(size=(1_000, 8)), -CLIP, CLIP)
-            reservoir.update(rows)
             histogram.update(rows)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert reservoir.seen == histogram.rows == 1_000 * n_batches
+        assert histogram.rows == 1_000 * n_batches
         return found
 
     assert peak(120) < peak(4) + 16_000, "120,000 rows need what 4,000 need"
-
-
-# How the rows are distributed
 
 
 @given(st.integers(0, 99), st.lists(st.integers(0, 30), min_size=1, max_size=5))
