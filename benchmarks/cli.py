@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -205,3 +207,149 @@ def deeplob(as_json: bool) -> None:
         click.echo(msgspec.json.encode(result).decode())
     else:
         show_rows("class agreement with FP32", result.rows)
+
+
+@click.command()
+@click.option("--hours", type=click.FloatRange(0.01, 240.0), default=24.0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=11, show_default=True, help="The market's.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def drift(hours: float, seed: int, as_json: bool) -> None:
+    """How soon the drift monitor finds a planted shift of the inputs, and false alarms in a day.
+
+    Hours are of event time, of the simulated market; a day takes about ten minutes.
+    """
+    import msgspec
+
+    from benchmarks.drift import bench_drift, show
+    from feeds.progress import stages
+
+    with stages() as progress:
+        result = bench_drift(hours, seed, progress=progress)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)
+
+
+@click.command()
+@click.option("--halts", type=click.IntRange(1, 10_000), default=20, show_default=True)
+@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def halt(halts: int, model: Path | None, as_json: bool) -> None:
+    """How soon a halt by command, file and signal takes effect while a feed floods the engine.
+
+    Exit code 1 where one took longer than 10 ms, or a tradable signal slipped through.
+    """
+    from benchmarks.halts import bench_halt
+    from benchmarks.provenance import REFERENCE
+
+    _run(as_json, lambda tell: bench_halt(halts, model=model or REFERENCE, progress=tell))
+
+
+@click.command()
+@click.argument("other", type=click.Path(path_type=Path, exists=True))
+@click.option("--swaps", type=click.IntRange(2, 100_000), default=500, show_default=True)
+@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def swap(other: Path, swaps: int, model: Path | None, as_json: bool) -> None:
+    """Swap the bundle OTHER in and out of a live engine, over and over.
+
+    Exit code 1 where a tick is missed or doubled, memory grows, or ticks near a swap are slow.
+    """
+    from benchmarks.provenance import REFERENCE
+    from benchmarks.swaps import bench_swap
+
+    _run(as_json, lambda tell: bench_swap(swaps, other, model=model or REFERENCE, progress=tell))
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1, 1_000), default=5, show_default=True)
+@click.option("--ticks", type=click.IntRange(100), default=3_000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def shadow(rounds: int, ticks: int, as_json: bool) -> None:
+    """What the FP32 shadow costs a tick: well, slow, stopped, killed.
+
+    Exit code 1 where p99 is more than 5 % above that without one.
+    """
+    from benchmarks.shadow import bench_shadow
+
+    _run(as_json, lambda tell: bench_shadow(rounds, ticks, progress=tell))
+
+
+@click.command()
+@click.option("--hours", type=click.FloatRange(0.01), default=24.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quiet(hours: float, as_json: bool) -> None:
+    """A quiet day with heartbeats, then a silent feed: which of them is called stale.
+
+    Exit code 1 where the day is, or the silence is not within its limit.
+    """
+    from benchmarks.quiet import bench_quiet
+
+    seconds = round(hours * 3600)
+    _run(
+        as_json,
+        lambda tell: bench_quiet(
+            seconds, progress=lambda done: tell(f"hour {done / 3600:.1f} of {hours:g}")
+        ),
+    )
+
+
+@click.command("value-checks")
+@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
+@click.option("--rounds", type=click.IntRange(2, 1_000_000), default=3_000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def value_checks(model: Path | None, rounds: int, as_json: bool) -> None:
+    """What the value-check nodes of a model cost, in microseconds an inference.
+
+    With and without them in turn, one thread, buffers bound; beside it what the session without
+    them differs by from itself.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.provenance import REFERENCE
+    from benchmarks.value_checks import bench_value_checks, show
+
+    with Console(stderr=True).status("measuring") as status:
+        result = bench_value_checks(model or REFERENCE, rounds, progress=status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)
+
+
+@click.command()
+@click.option("--hours", type=click.FloatRange(0.1), default=25.0, show_default=True)
+@click.option(
+    "--recalibrate-after",
+    "after_h",
+    type=click.FloatRange(0.01),
+    default=24.0,
+    show_default=True,
+    help="Hours of event time.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def day(hours: float, after_h: float, as_json: bool) -> None:
+    """A simulated day that crosses a recalibration, then the same day from its events alone.
+
+    Exit code 1 where the two differ, a quiet stretch is called stale, or drift is seen twice.
+    """
+    from benchmarks.day import HOUR_NS, bench_day
+
+    after_ns = round(after_h * HOUR_NS)
+    _run(as_json, lambda tell: bench_day(hours, recalibrate_after_ns=after_ns, progress=tell))
+
+
+def _run(as_json: bool, measure: Callable[[Callable[[str], Any]], Any]) -> None:
+    """Measure with a status line, print, and exit by ``ok``."""
+    import msgspec
+    from rich.console import Console
+
+    with Console(stderr=True).status("measuring") as status:
+        result = measure(status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        _show_facts(result)
+    sys.exit(0 if result.ok else 1)

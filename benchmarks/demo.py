@@ -10,34 +10,26 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import queue
-import signal as os_signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import msgspec
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from benchmarks.processes import Lines, children, last_json, octick, stop
+from benchmarks.provenance import ROOT
 from engine.bundle import load_bundle
 from engine.config import load_config
 from engine.jitter import Jitter, measure_jitter
-from feeds.errors import InputError
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 CONFIG: Final = ROOT / "configs" / "simulator.toml"
 JITTER_S: Final = 1.0
-READY_TIMEOUT_S: Final = 120.0
-STOP_TIMEOUT_S: Final = 20.0
-MAX_QUEUED_LINES: Final = 100_000
 REFRESH_S: Final = 0.25
 _LOST: Final = ""  # beside the instruments' counts: what the subscriber found missing
 
@@ -60,89 +52,6 @@ class DemoResult(msgspec.Struct):
     digest_live: str
     digest_replay: str
     equal: bool
-
-
-class _Lines:
-    """Lines of a child's output, taken by a thread so that its pipe never fills."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._queue: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
-        self._thread = threading.Thread(target=self._pump, args=(stream,), daemon=True)
-        self._thread.start()
-
-    def _pump(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._queue.put(line)
-
-    def take(self) -> Iterator[str]:
-        """What has come since the last time."""
-        while True:
-            try:
-                yield self._queue.get_nowait()
-            except queue.Empty:
-                return
-
-    def wait_for(self, start: str, child: subprocess.Popen[str], what: str) -> list[str]:
-        """Lines up to one that starts so."""
-        seen: list[str] = []
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline:
-            try:
-                seen.append(self._queue.get(timeout=0.1))
-            except queue.Empty:
-                if child.poll() is not None and self._queue.empty():
-                    break
-                continue
-            if seen[-1].startswith(start):
-                return seen
-        raise InputError(
-            f"{what} did not become ready",
-            where="demo",
-            found=" ".join("".join(seen).split())[-300:] or "no output",
-            fix="run 'octick doctor'",
-        )
-
-    def finish(self) -> list[str]:
-        """All that is left, once the child has ended."""
-        self._thread.join(STOP_TIMEOUT_S)
-        return list(self.take())
-
-
-def _octick(*args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "octick", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-
-
-@contextmanager
-def _children() -> Iterator[list[subprocess.Popen[str]]]:
-    children: list[subprocess.Popen[str]] = []
-    try:
-        yield children
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
-
-
-def _stop(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        child.send_signal(os_signal.SIGINT)
-    child.wait(STOP_TIMEOUT_S)
-
-
-def _last_json(lines: list[str], where: str) -> dict[str, Any]:
-    for line in reversed(lines):
-        if line.startswith("{"):
-            found: dict[str, Any] = json.loads(line)
-            return found
-    raise InputError("no result", where=where, found="".join(lines)[-300:])
 
 
 def _write_config(folder: Path, tape: Path) -> tuple[Path, dict[str, str]]:
@@ -215,16 +124,16 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
         for module in ("engine.daemon", "feeds.publisher"):
             importlib.import_module(module)
     jitter: Jitter = measure_jitter(JITTER_S)
-    with tempfile.TemporaryDirectory(prefix="octick-") as temporary, _children() as children:
+    with tempfile.TemporaryDirectory(prefix="octick-") as temporary, children() as alive:
         config, sockets = _write_config(Path(temporary), tape.resolve())
-        watcher = _octick("subscribe", sockets["signals"], "--json")
-        engine_process = _octick("run", str(config), "--json")
-        market = _octick(
+        watcher = octick("subscribe", sockets["signals"], "--json")
+        engine_process = octick("run", str(config), "--json")
+        market = octick(
             "publish", "sim", "--bind", sockets["feed"], "--snapshots", sockets["snapshots"]
         )  # fmt: skip
-        children += [watcher, engine_process, market]
-        pipes = [child.stdout for child in children] + [child.stderr for child in children]
-        out, engine_out, _, _, engine_err, _ = [_Lines(p) for p in pipes if p is not None]
+        alive += [watcher, engine_process, market]
+        pipes = [child.stdout for child in alive] + [child.stderr for child in alive]
+        out, engine_out, _, _, engine_err, _ = [Lines(p) for p in pipes if p is not None]
         with console.status("starting simulator, engine and subscriber"):
             engine_err.wait_for("READY", engine_process, "octick run")
         console.print("octick publish sim  →  octick run  →  octick subscribe", highlight=False)
@@ -238,10 +147,10 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
                     _note(line, last, counts)
                 live.update(_table(last, counts, classes, left_s))
                 time.sleep(min(REFRESH_S, max(left_s, 0.0)))
-        _stop(engine_process)
-        _stop(market)
-        _stop(watcher)
-        totals = _last_json(engine_out.finish(), "octick run")
+        stop(engine_process)
+        stop(market)
+        stop(watcher)
+        totals = last_json(engine_out.finish(), "octick run")
         for line in out.finish():
             _note(line, last, counts)
     with console.status("replaying the tape"):
@@ -255,7 +164,7 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
             check=False,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
-        replayed = _last_json([*done.stdout.splitlines(), done.stderr], "octick replay")
+        replayed = last_json([*done.stdout.splitlines(), done.stderr], "octick replay")
     live_digest = _recorded_digest(tape)
     return DemoResult(
         seconds=seconds,

@@ -40,7 +40,8 @@ class MemoryBench(msgspec.Struct, frozen=True):
     date: str
 
 
-def _rss_mb() -> float:
+def rss_mb() -> float:
+    """Resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
@@ -69,7 +70,7 @@ def bench_memory(
 
         def watch() -> None:
             while not done.wait(SAMPLE_S):
-                samples.append((time.monotonic(), _rss_mb()))
+                samples.append((time.monotonic(), rss_mb()))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
