@@ -42,7 +42,7 @@ class SaturationProbe:
             and node.input[0] not in (bundle.input_name, *constants)
             and not node.name.startswith("check/")
         ]
-        self.names = tuple(node.name or node.output[0] for node in taps)
+        self.names = tuple((node.name or node.output[0]).removesuffix(".quantise") for node in taps)
         # Where the zero point is the lowest code, that code is a plain zero and no saturation.
         self._low_counts = [
             len(node.input) > 2

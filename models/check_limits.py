@@ -25,10 +25,12 @@ from models.value_checks import LimitedLayer, quantised_layers, with_checks
 
 SEGMENTS: Final = 16
 SEGMENT_ROWS: Final = 256
-MIN_INPUT_BOUND: Final = 1_000.0
+MIN_INPUT_BOUND: Final = 10_000.0
 INPUT_BOUND_FACTOR: Final = 16.0
-MIN_CONSTANT_ROWS: Final = 32
-CONSTANT_FACTOR: Final = 2
+MIN_CONSTANT_ROWS: Final = 256
+CONSTANT_FACTOR: Final = 4
+FEW_VALUES: Final = 256  # a feature of fewer, such as the spread in ticks, is a counted one
+MIN_CONSTANT_ROWS_COUNTED: Final = 10_000
 LONGEST_SHARE: Final = 4  # a run of more than a quarter of its stream says that runs say nothing
 
 
@@ -165,9 +167,9 @@ def check_fusion(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
 def input_bounds(data: Dataset) -> tuple[float, ...]:
     """Of each feature, the greatest ``|x|`` before the clip that can be true.
 
-    16 times the greatest of the training part, and at least 1,000: standard deviations, of which a
-    quiet market's feature can show many when it wakes, and a damaged price, a wrong unit or 1e30
-    more still.
+    16 times the greatest of the training part, and at least 10,000: standard deviations, of which
+    a feature that hardly moved in training can show a thousand on another market, and a damaged
+    price or 1e30 more still.
     """
     greatest = np.zeros(data.x.shape[1]) if not data.facts.greatest else data.facts.greatest
     bounds = np.maximum(MIN_INPUT_BOUND, INPUT_BOUND_FACTOR * np.asarray(greatest, dtype=float))
@@ -177,22 +179,30 @@ def input_bounds(data: Dataset) -> tuple[float, ...]:
 def constant_rows(data: Dataset) -> tuple[int, ...]:
     """Of each feature, how many consecutive rows may show one value; 0 is not checked.
 
-    Twice the longest run within a stream's training rows, and at least 32. Where that run takes
-    more than a quarter of its stream, runs of this feature say nothing: it may be constant for a
-    whole session. Streams of fewer than 128 rows are too short to show either.
+    Four times the longest run within a stream's training rows, and at least 256; of a feature that
+    takes fewer than 256 values at least 10,000, as a spread may stay at one tick for minutes on a
+    market that trades more. Where the longest run takes more than a quarter of its stream, runs of
+    this feature say nothing: it may be constant for a whole session. Streams of fewer than 1,024
+    rows are too short to show either.
     """
+    if data.facts.max_constant:
+        return data.facts.max_constant
     n_features = data.x.shape[1]
     longest = np.zeros(n_features, dtype=np.int64)
     usual = np.zeros(n_features, dtype=bool)
+    counted = np.ones(n_features, dtype=bool)
     told = False
     for item in data.stretches(TRAIN, 0):
         x = np.asarray(data.x[item.begin : item.stop])
         runs = longest_runs(x)
         longest = np.maximum(longest, runs)
+        for column in np.flatnonzero(counted):
+            counted[column] = len(np.unique(x[:, column])) < FEW_VALUES
         if len(x) >= LONGEST_SHARE * MIN_CONSTANT_ROWS:
             told = True
             usual |= runs * LONGEST_SHARE > len(x)
-    limits = np.maximum(CONSTANT_FACTOR * longest, MIN_CONSTANT_ROWS)
+    least = np.where(counted, MIN_CONSTANT_ROWS_COUNTED, MIN_CONSTANT_ROWS)
+    limits = np.maximum(CONSTANT_FACTOR * longest, least)
     return tuple(int(value) for value in np.where(usual | (not told), 0, limits))
 
 

@@ -37,6 +37,7 @@ from models.calibration_set import (
     no_blocks,
     save_calibration_set,
 )
+from models.check_limits import INPUT_BOUND_FACTOR
 from models.export import write_manifest
 from models.labels import CLASSES
 from models.quantisation import Options
@@ -180,6 +181,7 @@ def load_parent(folder: Path) -> Parent:
     try:
         recorded = msgspec.convert(training["options"], Options)
         label = training["label"]
+        checked = bundle.manifest.checks is not None
         facts = Facts(
             label=label["kind"],
             horizon=int(label["horizon"]),
@@ -191,6 +193,9 @@ def load_parent(folder: Path) -> Parent:
             mean=tuple(bundle.mean.tolist()),
             inv_scale=tuple(bundle.inv_scale.tolist()),
             source="",
+            # What an input can be does not change with its recent ranges.
+            greatest=tuple((bundle.input_bound / INPUT_BOUND_FACTOR).tolist()) if checked else (),
+            max_constant=tuple(bundle.max_constant.tolist()) if checked else (),
         )
     except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         raise InputError(

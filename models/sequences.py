@@ -60,7 +60,8 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``threshold`` is in half ticks, of the mean move for ``smoothed``, of the barrier for
     ``triple-barrier``. ``greatest`` is each feature's greatest absolute value in the training part,
-    normalised but not clipped; empty where it is not known.
+    normalised but not clipped; ``max_constant`` how many rows in a row may show one value of it.
+    Both are empty where they are not known, or are to be found from the rows.
     """
 
     label: LabelKind
@@ -74,6 +75,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inv_scale: tuple[float, ...]
     source: str
     greatest: tuple[float, ...] = ()
+    max_constant: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

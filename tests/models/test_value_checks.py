@@ -437,22 +437,24 @@ def dataset(x: np.ndarray, streams: tuple[int, ...], greatest: tuple[float, ...]
     )
 
 
-def test_an_input_may_stay_the_same_twice_as_long_as_it_ever_did() -> None:
-    n = 400
-    x = np.random.default_rng(0).normal(size=(2 * n, 6))
+def test_an_input_may_stay_the_same_four_times_as_long_as_it_ever_did() -> None:
+    n = 4_000
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2 * n, 7))
     x[50:55, 1] = 1.0
-    x[90:150, 2] = 2.0
-    x[n - 40 : n + 60, 3] = 3.0  # two streams: 40 and 60 rows
+    x[900:1_500, 2] = 2.0
+    x[n - 400 : n + 600, 3] = 3.0  # two streams: 400 and 600 rows
     x[:n, 4] = 4.0  # constant in one instrument
-    x[100:201, 5] = 5.0  # over a quarter of its stream
+    x[1_000:2_001, 5] = 5.0  # over a quarter of its stream
+    x[:, 6] = rng.integers(0, 9, 2 * n)  # counted, as a spread in ticks
     found = constant_rows(dataset(x, (n, n)))
-    assert found == (32, 32, 120, 120, 0, 0)
-    assert found[2] == CONSTANT_FACTOR * 60
+    assert found == (256, 256, 2_400, 2_400, 0, 0, 10_000)
+    assert found[2] == CONSTANT_FACTOR * 600
     assert found[0] == MIN_CONSTANT_ROWS
-    assert constant_rows(dataset(x[:200], (100, 100))) == (0,) * 6, "too short to tell"
+    assert constant_rows(dataset(x[:200], (100, 100))) == (0,) * 7, "too short to tell"
     # A stub of a stream, in which everything stands still, says nothing.
-    stub = np.concatenate([np.ones((20, 6)), x])
-    assert constant_rows(dataset(stub, (20, n, n)))[:3] == (40, 40, 120)
+    stub = np.concatenate([np.ones((100, 7)), x])
+    assert constant_rows(dataset(stub, (100, n, n)))[:3] == (400, 400, 2_400)
 
 
 def test_runs_are_counted_by_the_bits_of_float32() -> None:
@@ -464,7 +466,11 @@ def test_runs_are_counted_by_the_bits_of_float32() -> None:
 def test_input_bounds_catch_garbage_and_nothing_that_was_ever_seen() -> None:
     x = np.zeros((4, 3))
     assert input_bounds(dataset(x, (4,))) == (MIN_INPUT_BOUND,) * 3
-    assert input_bounds(dataset(x, (4,), (1.0, 62.5, 500.0))) == (1_000.0, 1_000.0, 8_000.0)
+    assert input_bounds(dataset(x, (4,), (1.0, 625.0, 5_000.0))) == (
+        10_000.0,
+        10_000.0,
+        80_000.0,
+    )
 
 
 def small_twins(made: Twins) -> Quantised:
