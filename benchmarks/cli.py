@@ -333,7 +333,7 @@ def value_checks(model: Path | None, rounds: int, as_json: bool) -> None:
 def day(hours: float, after_h: float, as_json: bool) -> None:
     """A simulated day that crosses a recalibration, then the same day from its events alone.
 
-    Exit code 1 where the two differ, a quiet stretch is called stale, or drift is seen twice.
+    Exit code 1 where the two differ, or something is called stale, impossible or demoted.
     """
     from benchmarks.day import HOUR_NS, bench_day
 

@@ -56,14 +56,16 @@ class DayBench(msgspec.Struct, frozen=True):
     ----------
     ok : bool
         One recalibration, swapped in or the same model again; both digests are equal; nothing was
-        called stale or demoted, and at most one drift alert was false.
+        called stale, impossible or demoted.
     event_hours, seconds : float
         Simulated, and what it took.
     messages, signals, tradable : int
     suppressed : dict of str to int
     shadow_answers, disagreements : int
     drift_alerts : list of str
-        False alarms: nothing in this market changes.
+        Nothing changes within this market, but a model that was trained on several instruments is
+        told that one of them alone is distributed otherwise (KS). ``octick bench drift`` counts
+        the false ones.
     moves : int
         Between INT8, FP32 and HALTED.
     recalibration : str
@@ -271,8 +273,7 @@ def bench_day(
     return DayBench(
         ok=bool(outcome.said)
         and digest == digest_again
-        and moves == suppressed["STALE"] == 0
-        and len(engine.alerts) <= 1,
+        and moves == suppressed["STALE"] == suppressed["VALUE_CHECK"] == 0,
         event_hours=hours,
         seconds=round(seconds, 1),
         messages=counters["messages"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal as os_signal
+import sys
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -40,6 +41,7 @@ from feeds.errors import InputError
 
 STATE_EVERY_NS: Final = 1_000_000_000
 SLOW_POLL_S: Final = 0.05
+SWITCH_S: Final = 0.000_1
 WARM_UP_BYTES: Final = 1 << 16
 
 
@@ -380,6 +382,8 @@ class Daemon:
         gc.collect()
         gc.freeze()
         gc.disable()
+        # A thread that opens a candidate gives the interpreter back this soon.
+        sys.setswitchinterval(SWITCH_S)
 
         def on_feed(feed: FeedConnection) -> None:
             if self._drain(feed):

@@ -11,6 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -167,6 +168,8 @@ class Oversight:
 
     async def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to watch, on a running loop."""
+        # One thread: what it allocates for one model is free for the next.
+        loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="octick"))
         if self.metrics is not None:
             await self.metrics.start()
         if self.control is not None:

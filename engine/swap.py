@@ -26,7 +26,7 @@ from engine.trust import MODE_FP32, MODE_INT8
 from feeds.errors import InputError
 
 JUDGE_TIMEOUT_S: Final = 600.0
-MAX_LINE_BYTES: Final = 1 << 20
+MIN_JUDGED_ROWS: Final = 512  # inferences before agreement says anything
 NICE: Final = "5"  # a child's: the hot path comes first where cores are short
 
 
@@ -101,7 +101,7 @@ class Swapper:
                 *("--max-agreement-loss", str(self._config.recalibration.max_agreement_loss)),
             ]
             vectors, slots = self._pipeline.trust.recent.kept()
-            if len(vectors):
+            if len(vectors) >= MIN_JUDGED_ROWS:
                 path = Path(folder) / "recent.npz"
                 await asyncio.to_thread(np.savez, path, vector=vectors, stream=slots)
                 arguments += ["--inputs", str(path)]

@@ -26,8 +26,10 @@ from engine.trust_events import (
     COMMAND_NAMES,
     HALT,
     INFERENCE_LATE,
+    RECALIBRATION,
     SHADOW_LOST,
     SHADOW_UP,
+    SWAP,
     SWAP_REFUSED,
     Control,
     decode_event,
@@ -95,10 +97,10 @@ class Session:
             time.sleep(0.02)
         pytest.fail(f"never came: {what}; last {status}")
 
-    def events(self) -> list[Control]:
+    def events(self, *, live: bool = False) -> list[Control]:
         found = [
             decode_event(bytes(record.payload))
-            for record in TapeReader(self.processes.tape).records()
+            for record in TapeReader(self.processes.tape).records(allow_truncated=live)
             if record.kind == tape.CONTROL
         ]
         return [event for event in found if isinstance(event, Control)]
@@ -293,6 +295,32 @@ def test_halts_commands_and_refused_bundles_of_one_session_replay_to_the_same_di
             block = codec.decode_block(bytes(record.payload), wire.SIGNAL_DTYPE)
             assert block["reasons"] != 0, "nothing is tradable while it is halted"
     assert session.verify()["transitions"] == 9
+
+
+@pytest.mark.slow
+def test_a_recalibration_from_the_live_tape_takes_over_and_a_rollback_undoes_it(
+    processes: Processes, reference_bundle: Path
+) -> None:
+    made = processes.folder / "recalibrated"
+    extra = f'[recalibration]\nfolder = "{made}"\nrows = 8_000\n'
+    session = Session(processes, reference_bundle, extra)
+    processes.market("--rate", "2000", "--seconds", "180")
+    engine = processes.engine(session.config)
+    session.until(lambda s: s["tradable"] > 12_000, "rows to calibrate from")
+    answer = session.ask("recalibrate", by="Ada")
+    assert answer["ok"], answer
+    after = session.until(lambda s: s["tradable"] > answer["tradable"] + 200, "signals after it")
+    events = [event.command for event in session.events(live=True)]
+    assert RECALIBRATION in events
+    if SWAP in events:
+        assert after["bundle"].startswith(str(made))
+        assert after["previous_bundle"] == str(reference_bundle)
+        assert session.ask("rollback", by="Ada")["bundle"] == str(reference_bundle)
+        session.until(lambda s: s["tradable"] > after["tradable"] + 200, "signals of the old one")
+    totals = stop(engine)
+    assert totals["lost"] == 0
+    assert_no_tick_missed(session.signals())
+    session.verify()
 
 
 def test_the_control_command_line_says_what_happened(
