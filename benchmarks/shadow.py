@@ -29,7 +29,9 @@ TICK_NS: Final = 1_000_000  # a tick every millisecond, as a busy feed has them
 READY_S: Final = 60.0
 WARM_MESSAGES: Final = 4_000
 MAX_RATIO: Final = 1.05
-SLOW_STOP_S: Final = 1.0  # the slow shadow works for a moment, then rests this long
+TURN_TICKS: Final = 200
+SLOW_TICKS: Final = 10  # of a turn, in which the slow shadow works
+POLL_NS: Final = ShadowConfig().poll_ns
 
 
 class Condition(msgspec.Struct, frozen=True):
@@ -82,7 +84,7 @@ def bench_shadow(
     model: Path = REFERENCE,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> ShadowBench:
-    """Measure ticks at a steady pace in each condition, round by round in one process."""
+    """Measure ticks at a steady pace, the conditions in turns of `TURN_TICKS` in one process."""
     simulator = Simulator(seed=7)
     config = default_config((item.venue, item.symbol) for item in simulator.instruments)
     bundle = load_bundle(model)
@@ -91,20 +93,28 @@ def bench_shadow(
     for _ in range(WARM_MESSAGES):
         if feed.message():
             pipeline.answer(time.time_ns)
+    shadows = {name: _shadow(pipeline) for name in CONDITIONS[2:]}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CONDITIONS}
-    missed = dict.fromkeys(CONDITIONS, 0)
-    for n in range(rounds):
-        for name in CONDITIONS[n % len(CONDITIONS) :] + CONDITIONS[: n % len(CONDITIONS)]:
-            progress(f"round {n + 1} of {rounds}: {name}")
-            shadow = None if name.startswith("none") else _shadow(pipeline)
-            try:
-                found[name].append(_measure(feed, shadow, name, ticks))
-                missed[name] += 0 if shadow is None else shadow.missed
-            finally:
-                if shadow is not None:
-                    with suppress(ProcessLookupError):
-                        os.kill(shadow.pid, os_signal.SIGCONT)
-                    shadow.close()
+    try:
+        for shadow in shadows.values():
+            os.kill(shadow.pid, os_signal.SIGSTOP)  # it wakes for its own turns
+        os.kill(shadows["killed"].pid, os_signal.SIGKILL)
+        for n in range(rounds):
+            progress(f"round {n + 1} of {rounds}")
+            spent: dict[str, list[np.ndarray]] = {name: [] for name in CONDITIONS}
+            for turn in range(max(1, ticks // TURN_TICKS)):
+                k = (n + turn) % len(CONDITIONS)
+                for name in CONDITIONS[k:] + CONDITIONS[:k]:
+                    spent[name].append(_turn(feed, shadows.get(name), name))
+            for name, parts in spent.items():
+                whole = np.concatenate(parts) / 1e3
+                p50, p99 = np.percentile(whole, (50, 99))
+                found[name].append((float(p50), float(p99)))
+    finally:
+        for shadow in shadows.values():
+            with suppress(ProcessLookupError):
+                os.kill(shadow.pid, os_signal.SIGCONT)
+            shadow.close()
     pipeline.close()
     base = np.array(found["none"])
     conditions = {}
@@ -116,7 +126,7 @@ def bench_shadow(
             p99_us=round(float(np.median(both[:, 1])), 2),
             p50_ratio=round(float(ratio[0]), 3),
             p99_ratio=round(float(ratio[1]), 3),
-            missed=missed[name],
+            missed=shadows[name].missed if name in shadows else 0,
         )
     worst = max(conditions[name].p99_ratio for name in CONDITIONS[2:])
     return ShadowBench(
@@ -143,18 +153,17 @@ def _shadow(pipeline: Pipeline) -> Shadow:
     return shadow
 
 
-def _measure(feed: _Ticks, shadow: Shadow | None, name: str, ticks: int) -> tuple[float, float]:
-    """p50 and p99 of a tick in microseconds."""
+def _turn(feed: _Ticks, shadow: Shadow | None, name: str) -> np.ndarray:
+    """Nanoseconds of each tick of one turn."""
     pipeline = feed.pipeline
-    if shadow is not None and name == "killed":
-        os.kill(shadow.pid, os_signal.SIGKILL)
-    if shadow is not None and name in ("stopped", "slow"):
-        os.kill(shadow.pid, os_signal.SIGSTOP)
-    spent = np.zeros(ticks, dtype=np.int64)
-    polled = woken = time.monotonic_ns()
+    awake = shadow is not None and name in ("up", "slow")
+    if shadow is not None and awake:
+        os.kill(shadow.pid, os_signal.SIGCONT)
+    spent = np.zeros(TURN_TICKS, dtype=np.int64)
+    polled = time.monotonic_ns()
     n = 0
     next_ns = time.perf_counter_ns()
-    while n < ticks:
+    while n < TURN_TICKS:
         while time.perf_counter_ns() < next_ns:
             pass
         started = time.perf_counter_ns()
@@ -162,24 +171,17 @@ def _measure(feed: _Ticks, shadow: Shadow | None, name: str, ticks: int) -> tupl
             continue
         pipeline.answer(time.time_ns)
         if shadow is not None:
-            shadow.submit(
-                pipeline.ticket, pipeline.slot, pipeline.signal_seq, pipeline.fresh, pipeline.x
-            )
+            seq, fresh = pipeline.signal_seq, pipeline.fresh
+            shadow.submit(pipeline.ticket, pipeline.slot, seq, fresh, pipeline.x)
         spent[n] = time.perf_counter_ns() - started
         n += 1
         next_ns = started + TICK_NS
         now = time.monotonic_ns()
-        if shadow is not None and now - polled > shadow_poll_ns():
+        if shadow is not None and now - polled > POLL_NS:
             shadow.poll(now)  # between ticks, as the daemon does
             polled = now
-        if shadow is not None and name == "slow" and now - woken > SLOW_STOP_S * 1e9:
-            os.kill(shadow.pid, os_signal.SIGCONT)
-            time.sleep(0.005)
+        if shadow is not None and name == "slow" and n == SLOW_TICKS:
             os.kill(shadow.pid, os_signal.SIGSTOP)
-            woken = now
-    return float(np.percentile(spent, 50)) / 1e3, float(np.percentile(spent, 99)) / 1e3
-
-
-def shadow_poll_ns() -> int:
-    """How often the daemon looks for answers."""
-    return ShadowConfig().poll_ns
+    if shadow is not None and awake:
+        os.kill(shadow.pid, os_signal.SIGSTOP)
+    return spent

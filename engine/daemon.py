@@ -385,9 +385,20 @@ class Daemon:
         # A thread that opens a candidate gives the interpreter back this soon.
         sys.setswitchinterval(SWITCH_S)
 
+        going_on: set[FeedConnection] = set()
+
         def on_feed(feed: FeedConnection) -> None:
+            # One turn at a time: a busy feed would gain another with each wake-up, and everything
+            # else would wait for all of them.
+            if feed not in going_on:
+                go_on(feed)
+
+        def go_on(feed: FeedConnection) -> None:
             if self._drain(feed):
-                loop.call_soon(on_feed, feed)
+                going_on.add(feed)
+                loop.call_soon(go_on, feed)
+            else:
+                going_on.discard(feed)
 
         def on_slow_poll() -> None:
             # The FDs are edge-triggered: a missed edge costs at most this long.
