@@ -157,7 +157,8 @@ class Pipeline:
         n_outputs = 0 if bundle is None else len(bundle.classes)
         self._outputs: Final = np.zeros(n_outputs, dtype=np.float32)
         self.guards, self.scores = controls.new_guards(n, n_outputs)
-        self._limits = controls.limits(config.controls, config.failover)
+        self._guard_rows, self._score_rows = list(self.guards), list(self.scores)
+        self._limits_i, self._limits_f = controls.limits(config.controls, config.failover)
         self.ticket = self.late_ns = 0
         self.fresh = False
         self._budget_ns = config.failover.inference_budget_ns
@@ -283,10 +284,14 @@ class Pipeline:
                 # The signal says so; the book and the next inference go on.
                 self.inference_failures += 1
                 facts[signals.FACT_REASONS] = trust.REASON_INFERENCE_FAILED
-            if self._budget_ns > 0:
-                self._note_late(slot, clock, emitted_ns)
-                if self.late_ns:
-                    blocked = trust.REASON_LATE
+            # Late by the clock, or by what the tape says of it.
+            if clock is None:
+                if keeper.late:
+                    self.late_ns = keeper.told_late(slot, self.signal_seq)
+            elif 0 < self._budget_ns < (took_ns := clock() - emitted_ns):
+                self.late_ns = took_ns
+            if self.late_ns:
+                blocked = trust.REASON_LATE
             recent = keeper.recent
             remember(
                 recent.about,
@@ -314,9 +319,10 @@ class Pipeline:
             keeper.numerics,
             failover.shadow,
             emitted_ns,
-            self.guards[slot],
-            self.scores[slot],
-            *self._limits,
+            self._guard_rows[slot],
+            self._score_rows[slot],
+            self._limits_i,
+            self._limits_f,
         )
         self.signals += 1
         if reasons == 0:
@@ -329,14 +335,6 @@ class Pipeline:
             at_ns = int(facts[signals.FACT_RECEIVED])
             keeper.judge(slot, self.ticket, at_ns, reasons, value_check, self.late_ns)
         return self._views[slot]
-
-    def _note_late(self, slot: int, clock: Callable[[], int] | None, started_ns: int) -> None:
-        """Was the last inference over its budget, by the clock or by the tape?"""
-        if clock is None:
-            self.late_ns = self.trust.told_late(slot, self.signal_seq)
-        else:
-            took_ns = clock() - started_ns
-            self.late_ns = took_ns if took_ns > self._budget_ns else 0
 
     def _take_event(self, buf: np.ndarray) -> None:
         start, length, at_ns = self._shared[kernel.EVENT_AT : kernel.EVENT_TIME + 1].tolist()

@@ -112,6 +112,8 @@ class TrustKeeper:
         Told each move as it happens, while all is as the rule saw it.
     retired : list of Loaded
         Models that no rollback can reach, for their owner to close.
+    late : dict of int to (int, int)
+        By slot: signal_seq and nanoseconds of inferences that the tape says were late.
     shadow_answers, disagreements, swaps : int
         So far; answers of another class are disagreements.
     """
@@ -141,7 +143,7 @@ class TrustKeeper:
         self._names = names
         self._load = load
         self._take_over = take_over
-        self._late: dict[int, tuple[int, int]] = {}  # slot → (signal_seq, ns), from the tape
+        self.late: Final[dict[int, tuple[int, int]]] = {}
         self._shelf: dict[int, Loaded] = {}
         self.serving: Serving | None = None
         if loaded is not None:
@@ -175,10 +177,10 @@ class TrustKeeper:
 
     def told_late(self, slot: int, signal_seq: int) -> int:
         """What the tape says that this signal's inference took, if it was late; else 0."""
-        seq, took_ns = self._late.get(slot, (0, 0))
+        seq, took_ns = self.late.get(slot, (0, 0))
         if seq != signal_seq:
             return 0
-        del self._late[slot]
+        del self.late[slot]
         return took_ns
 
     def judge(
@@ -256,7 +258,7 @@ class TrustKeeper:
         elif command == INFERENCE_LATE:
             if (event.venue, event.symbol) in self._names:
                 slot = self._names.index((event.venue, event.symbol))
-                self._late[slot] = (event.signal_seq, event.value)
+                self.late[slot] = (event.signal_seq, event.value)
             return
         self._moved(move, at_ns)
         if move is None:
