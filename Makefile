@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test check lint format types imports clean reference bench-replay bench-memory fuzz-book
+.PHONY: help demo test check lint format types imports clean reference bench-replay bench-memory bench-trust fuzz-book
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,3 +66,10 @@ fuzz-book: $(VENV)/.installed-dev ## The book against a naive one, 10 million op
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+bench-trust: $(VENV)/.installed-dev ## Halts, the shadow's cost, a quiet day, drift, a day with a recalibration (40 min)
+	$(BIN)/octick bench halt
+	$(BIN)/octick bench shadow --rounds 9
+	$(BIN)/octick bench quiet
+	$(BIN)/octick bench drift
+	$(BIN)/octick bench day

@@ -154,7 +154,7 @@ class LimitsConfig(_Section, frozen=True):
 
     max_pending_bytes: Bytes = 4_194_304
     max_drain_messages: Count = 256
-    max_drain_ns: Duration = 2_000_000
+    max_drain_ns: Duration = 1_000_000
     max_message_bytes: Bytes = 4_194_304
     timer_ns: Annotated[int, Meta(ge=MIN_TIMER_NS, le=MAX_DURATION_NS)] = 100_000_000
     snapshot_timeout_ns: Duration = 2_000_000_000
