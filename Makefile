@@ -60,16 +60,16 @@ bench-replay: $(VENV)/.installed ## Book levels, messages and signals a second
 bench-memory: $(VENV)/.installed ## Resident memory over a replay of 10 million messages
 	$(BIN)/octick bench memory
 
-fuzz-book: $(VENV)/.installed-dev ## The book against a naive one, 10 million operations
-	OCTICK_BOOK_OPERATIONS=10000000 $(BIN)/python -m pytest tests/engine/test_book.py -k naive
-
-clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
 bench-trust: $(VENV)/.installed-dev ## Halts, the shadow's cost, a quiet day, drift, a day with a recalibration (40 min)
 	$(BIN)/octick bench halt
 	$(BIN)/octick bench shadow --rounds 9
 	$(BIN)/octick bench quiet
 	$(BIN)/octick bench drift
 	$(BIN)/octick bench day
+
+fuzz-book: $(VENV)/.installed-dev ## The book against a naive one, 10 million operations
+	OCTICK_BOOK_OPERATIONS=10000000 $(BIN)/python -m pytest tests/engine/test_book.py -k naive
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
