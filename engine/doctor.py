@@ -31,14 +31,17 @@ MIN_LIBZMQ: Final = (4, 3)
 # As in pyproject.toml; a test holds the two together.
 MIN_VERSIONS: Final = (
     ("click", "8.1"),
+    ("ddsketch", "3.0.1"),
     ("msgspec", "0.19"),
     ("numba", "0.61"),
     ("numpy", "2.0"),
     ("onnx", "1.17"),
     ("onnxruntime", "1.20"),
+    ("prometheus-client", "0.20"),
     ("pyarrow", "16"),
     ("pyzmq", "26"),
     ("rich", "13"),
+    ("river", "0.26"),
     ("uvloop", "0.19"),
     ("tzdata", "2024.1"),
     ("zstandard", "0.22"),

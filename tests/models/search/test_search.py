@@ -187,7 +187,8 @@ def test_hypervolume_is_that_of_the_front_and_never_falls(values: list[Point]) -
     front = [trial.measured.objectives for trial in pareto_front(trials_of(values))]
     assert hypervolume(front, REFERENCE) == pytest.approx(hypervolume(values, REFERENCE))
     curve = [hypervolume(values[:n], REFERENCE) for n in range(len(values) + 1)]
-    assert curve == sorted(curve)
+    # But for the last bit of a sum, as a point splits an area in two.
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(curve))
 
 
 # Searchers
