@@ -44,6 +44,8 @@ class DemoResult(msgspec.Struct):
     received: int
     lost_by_engine: int
     lost_by_subscriber: int
+    shadow_answers: int
+    disagreements: int
     latency_p50_us: float
     latency_p99_us: float
     jitter_p99_us: float
@@ -63,7 +65,7 @@ def _write_config(folder: Path, tape: Path) -> tuple[Path, dict[str, str]]:
         f'snapshot_endpoint = "{sockets["snapshots"]}"\n'
         f'[model]\nbundle = "{shipped.model.bundle}"\n'
         f'[publish]\nendpoint = "{sockets["signals"]}"\n'
-        f'[tape]\npath = "{tape}"\n'
+        f'[tape]\npath = "{tape}"\n[shadow]\nevery = 1\n'
     )
     for item in shipped.instruments:
         text += f'[[instrument]]\nvenue = "{item.venue}"\nsymbol = "{item.symbol}"\n'
@@ -174,6 +176,8 @@ def run_demo(seconds: float, folder: Path, console: Console) -> DemoResult:
         received=sum(n for name, n in counts.items() if name != _LOST),
         lost_by_engine=totals["lost"],
         lost_by_subscriber=counts.get(_LOST, 0),
+        shadow_answers=totals["shadow_answers"],
+        disagreements=totals["disagreements"],
         latency_p50_us=totals["latency_p50_us"],
         latency_p99_us=totals["latency_p99_us"],
         jitter_p99_us=jitter.p99_ns / 1e3,
@@ -216,6 +220,8 @@ def show(result: DemoResult, console: Console) -> None:
         ("signals", f"{result.signals:,}, {result.tradable:,} tradable"),
         ("subscriber", f"{result.received:,} signals since it joined"),
         ("lost", f"{result.lost_by_engine} on the feed, {result.lost_by_subscriber} by the client"),
+        ("FP32 shadow", f"{result.shadow_answers:,} inferences answered again, "
+                        f"{result.disagreements:,} of another class"),
         ("latency", f"p50 {result.latency_p50_us:.1f} µs, p99 {result.latency_p99_us:.1f} µs "
                     "from receipt to sent"),
         ("host jitter", f"p99 {result.jitter_p99_us:.1f} µs, max {result.jitter_max_us:.1f} µs "

@@ -34,7 +34,7 @@ from engine.recorder import Recorder, ScratchTape, insert_record, open_recorder
 from engine.shadow_ring import STAT_NAMES
 from engine.signals import AT_BOOK_STATE
 from engine.totals import Totals
-from engine.trust import BOOK_STATES, MODE_FP32, SYNCED
+from engine.trust import BOOK_STATES, MODE_FP32, MODES, SYNCED
 from engine.trust_events import INFERENCE_LATE, Control
 from feeds import codec, tape, wire
 from feeds.errors import InputError
@@ -466,6 +466,11 @@ class Daemon:
             instruments=values["instruments"],
             synced=values["synced"],
             subscriber_drops=self.publisher.drops,
+            mode=MODES[values["mode"]],
+            transitions=values["transitions"],
+            shadow_answers=values["shadow_answers"],
+            disagreements=values["disagreements"],
+            swaps=values["swaps"],
             latency_p50_us=values["latency_p50_ns"] / 1e3,
             latency_p99_us=values["latency_p99_ns"] / 1e3,
             latency_max_us=latency.quantile(self.latency, 1.0) / 1e3,

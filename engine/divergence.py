@@ -8,7 +8,7 @@ sketch with relative-error guarantees", VLDB 12). Change points by ADWIN (Bifet 
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import Any, Final
 
 RELATIVE_ACCURACY: Final = 0.01  # of a quantile
 MAX_SKETCH_BINS: Final = 2_048
@@ -19,6 +19,13 @@ _CLOCK: Final = 1
 _GRACE_BATCHES: Final = 16
 _LEAST_BATCHES: Final = 4
 JUDGED_BATCHES: Final = 64  # of ADWIN's window, for a verdict: a cut may leave a burst's few alone
+
+
+def new_sketch() -> Any:
+    """A sketch of quantiles within `RELATIVE_ACCURACY`, in bounded memory."""
+    from ddsketch.ddsketch import LogCollapsingLowestDenseDDSketch
+
+    return LogCollapsingLowestDenseDDSketch(RELATIVE_ACCURACY, MAX_SKETCH_BINS)
 
 
 class DivergenceWatch:
@@ -52,7 +59,6 @@ class DivergenceWatch:
 
     def __init__(self, delta: float, ratio: float, recovered_share: float, every_rows: int) -> None:
         # SciPy comes with River, a second's worth: only where a monitor is made.
-        from ddsketch.ddsketch import LogCollapsingLowestDenseDDSketch
         from river.drift import ADWIN
 
         self._adwin = ADWIN(
@@ -61,7 +67,7 @@ class DivergenceWatch:
             min_window_length=_LEAST_BATCHES,
             grace_period=_GRACE_BATCHES,
         )
-        self._sketch = LogCollapsingLowestDenseDDSketch(RELATIVE_ACCURACY, MAX_SKETCH_BINS)
+        self._sketch = new_sketch()
         self._limit = ratio
         self._calm = 1.0 + recovered_share * (ratio - 1.0)
         self._batch_rows = BATCH_ROWS * every_rows

@@ -68,6 +68,8 @@ class FailoverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tape as an event.
     late : str
         What a late inference does: "fp32" (INT8 → FP32 → HALTED), "halt", or "tell".
+    hang_ns : int
+        An inference that takes longer has hung, and what waited behind it is old: → HALTED.
     shadow_lost : str
         What the loss of the shadow does: "halt", or "tell" (signals say so either way).
     stuck_outputs : int
@@ -88,6 +90,7 @@ class FailoverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disagreements_in: Window = 256
     inference_budget_ns: Annotated[int, Meta(ge=0, le=86_400_000_000_000)] = 100_000_000
     late: Literal["fp32", "halt", "tell"] = "fp32"
+    hang_ns: Annotated[int, Meta(ge=0, le=86_400_000_000_000)] = 1_000_000_000
     shadow_lost: Literal["halt", "tell"] = "tell"
     stuck_outputs: Threshold = 2_000
     promote_after: Threshold = 0
@@ -211,6 +214,8 @@ class Failover:
     def late(self, took_ns: int) -> Transition | None:
         """An inference over its budget."""
         what = f"{took_ns:,} ns, budget {self._config.inference_budget_ns:,} ns"
+        if 0 < self._config.hang_ns < took_ns:
+            return self._halt("hang_ns", what)
         if self._config.late == "tell":
             return None
         if self._config.late == "halt":

@@ -75,6 +75,15 @@ class _Collector:
             latency.add_metric([quantile], values[f"latency_{key}_ns"] / 1e9)
             divergence.add_metric([quantile], values[f"divergence_{key}"])
         divergence.add_metric(["1"], values["divergence_max"])
+        by_output = GaugeMetricFamily(
+            "octick_output_divergence",
+            "Difference of one score, INT8 against FP32.",
+            labels=["output", "quantile"],
+        )
+        for output, pair in values["divergence_by_output"].items():
+            for quantile, value in zip(("0.5", "0.99"), pair, strict=True):
+                by_output.add_metric([output, quantile], value)
+        yield by_output
         yield latency
         yield divergence
         yield InfoMetricFamily(
@@ -104,7 +113,8 @@ class MetricsServer:
     address : str
         ``host:port``.
     values : callable
-        Gives the fields of EngineState, and ``suppressed`` by reason.
+        Gives the fields of EngineState, ``suppressed`` by reason, and ``divergence_by_output``:
+        p50 and p99 by class.
     """
 
     def __init__(self, address: str, values: Callable[[], dict[str, Any]]) -> None:

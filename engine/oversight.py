@@ -110,9 +110,7 @@ class Oversight:
         self.tape_path = ""
         self.metrics: MetricsServer | None = None
         if config.metrics.address:
-            self.metrics = MetricsServer(
-                config.metrics.address, lambda: values() | {"suppressed": pipeline.suppressed}
-            )
+            self.metrics = MetricsServer(config.metrics.address, self._figures)
         self.control: ControlServer | None = None
         self.shadow: Shadow | None = None
         if config.control.endpoint:
@@ -165,6 +163,11 @@ class Oversight:
         self._start(write())
 
     # Its own loop.
+
+    def _figures(self) -> dict[str, Any]:
+        by_output = {} if self.shadow is None else self.shadow.divergence_by_output
+        more = {"suppressed": self._pipeline.suppressed, "divergence_by_output": by_output}
+        return self._values() | more
 
     async def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to watch, on a running loop."""
@@ -297,6 +300,7 @@ class Oversight:
             "halted_why": pipeline.trust.failover.halted_why if values["mode"] == "HALTED" else "",
             "bundle": "" if loaded is None else str(loaded.bundle.path),
             "previous_bundle": "" if previous is None else str(previous.bundle.path),
+            "divergence_by_output": {} if shadow is None else shadow.divergence_by_output,
             "shadow_health": "off" if shadow is None else shadow.health.value,
             "shadow_pid": 0 if shadow is None else shadow.pid,
             "shadow_restarts": 0 if shadow is None else shadow.restarts,

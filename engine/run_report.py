@@ -41,5 +41,10 @@ class Reporter:
             f"received to sent: p50 {totals.latency_p50_us:.1f} µs, "
             f"p99 {totals.latency_p99_us:.1f} µs, max {totals.latency_max_us:.1f} µs"
         )
+        if totals.shadow_answers or totals.transitions or totals.swaps:
+            self.notice(
+                f"{totals.mode}: {totals.transitions:,} moves, {totals.swaps:,} swaps; shadow: "
+                f"{totals.shadow_answers:,} answers, {totals.disagreements:,} of another class"
+            )
         if totals.tape:
             self.notice(f"tape: {totals.tape}, {totals.tape_records:,} records")

@@ -131,6 +131,13 @@ class Shadow:
         """Figures that the shadow keeps: `engine.shadow_ring.STAT_NAMES`."""
         return dict(zip(ring.STAT_NAMES, self._ring.stats.tolist(), strict=True))
 
+    @property
+    def divergence_by_output(self) -> dict[str, tuple[float, float]]:
+        """p50 and p99 of each output's own divergence, by class, of the first outputs."""
+        pairs = self._ring.output_stats.tolist()
+        classes = self._bundle.classes
+        return {name: (p50, p99) for name, (p50, p99) in zip(classes, pairs, strict=False)}
+
     def submit(self, ticket: int, slot: int, seq: int, fresh: bool, x: np.ndarray) -> None:
         """Hand over an inference of the hot path, if it is one of the declared share."""
         if ticket % self._every:

@@ -28,6 +28,7 @@ STOP: Final = 34
 STATS: Final = 40  # float64 from here on, `STAT_NAMES`
 HEADER: Final = 64
 STAT_NAMES: Final = ("divergence_p50", "divergence_p99", "divergence_max", "drift")
+MAX_OUTPUT_STATS: Final = 10  # outputs whose own p50 and p99 follow
 
 # Columns of a row's `meta`, int64.
 TICKET: Final = 0
@@ -149,6 +150,8 @@ class ShadowRing:
     Attributes
     ----------
     header, stats : ndarray
+    output_stats : ndarray of float64, shape (MAX_OUTPUT_STATS, 2)
+        p50 and p99 of each output's own divergence.
     requests, inputs, answers, payloads : ndarray
         Rows of both rings.
     """
@@ -166,7 +169,10 @@ class ShadowRing:
             return array
 
         self.header = take((HEADER,), np.int64)
-        self.stats = self.header[STATS : STATS + len(STAT_NAMES)].view(np.float64)
+        after = STATS + len(STAT_NAMES)
+        self.stats = self.header[STATS:after].view(np.float64)
+        by_output = self.header[after : after + 2 * MAX_OUTPUT_STATS].view(np.float64)
+        self.output_stats = by_output.reshape(MAX_OUTPUT_STATS, 2)
         self._text = take((TEXT_BYTES,), np.uint8)
         self.requests = take((rows, META), np.int64)
         self.answers = take((rows, META), np.int64)

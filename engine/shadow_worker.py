@@ -21,6 +21,7 @@ import numpy as np
 from engine import shadow_ring as ring
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
+from engine.divergence import new_sketch
 from engine.drift import DriftAlert, DriftConfig, DriftMonitor
 from engine.feature_specs import NAMES
 from engine.saturation import SaturationProbe
@@ -53,6 +54,7 @@ class Models:
                 reference = {name: file[name] for name in file.files}
         self.monitor = DriftMonitor(drift, NAMES, reference, self._probe.names)
         self._seen = 0
+        self.sketches = [new_sketch() for _ in range(min(bundle.n_outputs, ring.MAX_OUTPUT_STATS))]
 
     def answer(self, slot: int, flags: int, x: np.ndarray) -> tuple[int, list[DriftAlert]]:
         """Run both; returns the answer's flags and what drifts. The scores are in ``scores``."""
@@ -72,7 +74,11 @@ class Models:
         saturated = None
         if self.has_state or self._seen % PROBE_EVERY == 0:
             saturated = self._probe.shares(slot, x)
-        divergence = float(np.abs(self.scores[0] - self.scores[1]).max())
+        apart = np.abs(self.scores[0] - self.scores[1])
+        divergence = float(apart.max())
+        if np.isfinite(divergence):
+            for sketch, value in zip(self.sketches, apart.tolist(), strict=False):
+                sketch.add(value)
         return settling, self.monitor.observe(x[0], divergence, saturated)
 
 
@@ -107,6 +113,8 @@ def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) 
             state = models.monitor.state()
             for i, name in enumerate(ring.STAT_NAMES):
                 area.stats[i] = state.get(name, 0.0)
+            for i, sketch in enumerate(models.sketches):
+                area.output_stats[i] = [sketch.get_quantile_value(q) or 0.0 for q in (0.5, 0.99)]
 
 
 def alert_text(alert: DriftAlert) -> str:

@@ -19,6 +19,11 @@ class Totals(msgspec.Struct):
     instruments: int
     synced: int
     subscriber_drops: int
+    mode: str
+    transitions: int
+    shadow_answers: int
+    disagreements: int
+    swaps: int
     latency_p50_us: float
     latency_p99_us: float
     latency_max_us: float

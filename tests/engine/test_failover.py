@@ -85,6 +85,9 @@ def test_late_inferences_step_down_or_halt_or_are_only_told() -> None:
     assert moved(failover.late(1), MODE_FP32, MODE_HALTED)
     assert moved(Failover(FailoverConfig(late="halt")).late(1), MODE_INT8, MODE_HALTED)
     assert Failover(FailoverConfig(late="tell")).late(1) is None
+    hung = FailoverConfig(late="tell", hang_ns=1_000)
+    assert Failover(hung).late(1_000) is None
+    assert moved(Failover(hung).late(1_001), MODE_INT8, MODE_HALTED)
 
 
 def test_a_lost_shadow_is_said_and_halts_only_where_the_config_asks() -> None:

@@ -29,6 +29,7 @@ def values() -> dict[str, Any]:
         "divergence_p50": 0.25,
         "latency_p99_ns": 1_500,
         "suppressed": {name: n for n, (_, name) in enumerate(REASONS)},
+        "divergence_by_output": {"down": (0.25, 0.5), "up": (0.125, 1.0)},
     }
 
 
@@ -77,6 +78,7 @@ async def test_what_is_answered_is_what_prometheus_reads(server: MetricsServer) 
     modes = {key[1]: value for key, value in samples.items() if key[0] == "octick_mode"}
     assert modes == {"INT8": 0.0, "FP32": 1.0, "HALTED": 0.0}
     assert samples["octick_shadow", "lost"] == 1.0
+    assert samples["octick_output_divergence", "down", "0.99"] == 0.5
     assert samples["octick_suppressed_total", "HALTED"] == told["suppressed"]["HALTED"]
     assert samples["octick_latency_seconds", "0.99"] == 1.5e-6
     assert samples["octick_divergence", "0.5"] == 0.25

@@ -214,15 +214,17 @@ def test_a_shadow_that_dies_or_stops_is_said_and_comes_back_by_itself(
         os.kill(status["shadow_pid"], 0)
 
 
-def test_an_inference_that_hangs_is_reported_suppressed_and_stepped_down_from(
+def test_an_inference_that_hangs_is_reported_suppressed_and_halts(
     processes: Processes, reference_bundle: Path
 ) -> None:
     session = Session(processes, reference_bundle)
     processes.market("--rate", "600", "--seconds", "60")
     engine = processes.ready(processes.python("-c", HANGS, "run", str(session.config), "--json"))
-    session.until(lambda s: s["mode"] == "FP32", "FP32")
-    status = session.until(lambda s: s["tradable"] > 200, "tradable signals")
+    status = session.until(lambda s: s["mode"] == "HALTED", "HALTED")
+    assert status["halted_why"].startswith("hang_ns: 2,")
     assert status["suppressed"]["LATE"] == 1
+    armed = session.ask("arm", by="Ada")
+    session.until(lambda s: s["tradable"] > armed["tradable"] + 200, "tradable signals")
     stop(engine)
     late = [event for event in session.events() if event.command == INFERENCE_LATE]
     assert len(late) == 1
