@@ -25,43 +25,20 @@ import numpy as np
 
 from engine import features
 from engine.manifest import (
-    FORMAT_VERSION,
     FP32_NAME,
     INT8_NAME,
     MANIFEST_NAME,
     METADATA_KEY,
     REBUILD,
     CheckSection,
-    InputSection,
     Manifest,
     Numerics,
-    OutputSection,
-    StateSection,
     StateTensor,
     model_hash,
     read_file,
     read_manifest,
 )
 from feeds.errors import InputError
-
-__all__ = [
-    "FORMAT_VERSION",
-    "FP32_NAME",
-    "INT8_NAME",
-    "MANIFEST_NAME",
-    "METADATA_KEY",
-    "Bundle",
-    "CheckSection",
-    "InputSection",
-    "Manifest",
-    "Numerics",
-    "OutputSection",
-    "StateSection",
-    "StateTensor",
-    "check_files",
-    "load_bundle",
-    "model_hash",
-]
 
 MAX_MODEL_BYTES: Final = 1 << 30
 ONNX_DTYPES: Final = {

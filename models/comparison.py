@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from models.foreign.quantise import int8_nodes
+from models.foreign.runtime import int8_nodes
 from models.metrics import Metrics, evaluate
 from models.quantisation import WARM_UP_ROWS, Quantised
 from models.sequences import NO_LABEL, Dataset

@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime as ort
 
 from engine.backends.interface import BackendInfo
-from engine.bundle import Bundle, StateTensor
+from engine.bundle import Bundle
+from engine.manifest import StateTensor
 
 MAX_STREAMS: Final = 1 << 16
 

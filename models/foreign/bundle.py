@@ -11,8 +11,10 @@ import numpy as np
 from engine.manifest import StateSection
 from feeds.errors import InputError
 from models.bundles import Made, finish_bundle
+from models.foreign.check import load_onnx
 from models.foreign.quantise import quantise_static
-from models.foreign.step_model import as_step_model, load_onnx, load_torch, window_feeds
+from models.foreign.step_model import as_step_model, window_feeds
+from models.foreign.torch_module import load_torch
 from models.foreign.weights import quantise_dynamic, quantise_int4
 from models.labels import CLASSES
 from models.operations import Spec

@@ -30,8 +30,8 @@ from models.dataset import Normalisation, Rows
 from models.foreign.check import checked
 from models.foreign.folding import with_folded_norms
 from models.foreign.passes import MACS, preprocessed, tidied
-from models.foreign.quantise import fused_nodes, int8_nodes, latency, quantise_static
-from models.foreign.runtime import opened
+from models.foreign.quantise import quantise_static
+from models.foreign.runtime import fused_nodes, int8_nodes, latency, opened
 from models.foreign.torch_module import exported
 
 WINDOW: Final = 100

@@ -38,27 +38,12 @@ from models.foreign.passes import (
     with_plain_gemms,
 )
 from models.foreign.qdq import carried_to, with_float_kept, without_needless_pairs, write_qdq
-from models.foreign.runtime import fused_nodes, int8_nodes, latency, opened
+from models.foreign.runtime import opened
 from models.foreign.weights import (
     check_node_names,
     dynamic,
-    quantise_dynamic,
-    quantise_int4,
-    weights_to_fp16,
 )
 from models.observers import make_observer
-
-__all__ = [
-    "Ranges",
-    "fused_nodes",
-    "int8_nodes",
-    "latency",
-    "prepared",
-    "quantise_dynamic",
-    "quantise_int4",
-    "quantise_static",
-    "weights_to_fp16",
-]
 
 # Past these, half a step of a uint8 output holds what is left of the curve: a range that only such
 # a node takes ends there.

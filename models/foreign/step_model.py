@@ -19,15 +19,11 @@ from feeds.errors import InputError
 from models.foreign.check import (
     book_input,
     checked,
-    load_onnx,
     state_pairs,
     state_tensor,
 )
 from models.foreign.passes import Wiring, at_opset, attribute, renamed, shape_of
-from models.foreign.torch_module import load_torch
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
-
-__all__ = ["as_step_model", "load_onnx", "load_torch", "window_feeds"]
 
 HISTORY: Final = "history"
 NEXT_HISTORY: Final = "history.next"

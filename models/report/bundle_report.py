@@ -19,7 +19,7 @@ from models.calibration import FeatureHistogram
 from models.comparison import LATENCY_RUNS, interleaved_latency
 from models.execute import run, tensors
 from models.export import GOLDEN_NAME, REPORT_NAME
-from models.foreign.quantise import int8_nodes
+from models.foreign.runtime import int8_nodes
 from models.numerics import FloatNumerics
 from models.operations import Spec
 from models.quantisation import Quantised

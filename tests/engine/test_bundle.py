@@ -17,7 +17,8 @@ import onnx
 import pytest
 
 from engine import features
-from engine.bundle import (
+from engine.bundle import check_files, load_bundle
+from engine.manifest import (
     FP32_NAME,
     INT8_NAME,
     MANIFEST_NAME,
@@ -26,8 +27,6 @@ from engine.bundle import (
     Manifest,
     StateSection,
     StateTensor,
-    check_files,
-    load_bundle,
     model_hash,
 )
 from feeds.errors import InputError

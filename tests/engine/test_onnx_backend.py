@@ -21,7 +21,8 @@ from engine.backends.onnx import (
     host_isa,
     session_options,
 )
-from engine.bundle import INT8_NAME, Bundle, load_bundle
+from engine.bundle import Bundle, load_bundle
+from engine.manifest import INT8_NAME
 from feeds.errors import InputError
 from tests.engine import integer_graphs
 from tests.engine.bundles import make_bundle, write_manifest

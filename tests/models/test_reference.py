@@ -18,7 +18,7 @@ from feeds.optimum import bayes_accuracy
 from models.cli import reference
 from models.dataset import Normalisation
 from models.export import CALIBRATION_NAME, GOLDEN_NAME, RESEARCH_FP32_NAME, RESEARCH_INT8_NAME
-from models.foreign.quantise import fused_nodes
+from models.foreign.runtime import fused_nodes
 from models.labels import CLASSES, classify, smoothed_move
 from models.reference import HORIZON, MAX_BUNDLE_BYTES, build
 from models.source import SOURCE_NAME

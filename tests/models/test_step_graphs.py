@@ -116,7 +116,7 @@ def _wide(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_product_runs_fused_in_integers(arch: str) -> None:
-    from models.foreign.quantise import fused_nodes
+    from models.foreign.runtime import fused_nodes
 
     made = twins(arch)
     dense = sum(node.op_type == "Gemm" for node in made.int8.graph.node)

@@ -15,19 +15,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from feeds.errors import InputError
+from models.foreign.check import load_onnx
 from models.foreign.folding import with_folded_norms
 from models.foreign.passes import at_opset, opset_of, with_matmuls
-from models.foreign.quantise import (
-    fused_nodes,
-    int8_nodes,
-    latency,
-    prepared,
-    quantise_dynamic,
-    quantise_int4,
-    quantise_static,
-    weights_to_fp16,
-)
-from models.foreign.step_model import load_onnx
+from models.foreign.quantise import prepared, quantise_static
+from models.foreign.runtime import fused_nodes, int8_nodes, latency
+from models.foreign.weights import quantise_dynamic, quantise_int4, weights_to_fp16
 
 FLOAT = TensorProto.FLOAT
 node = helper.make_node

@@ -21,8 +21,10 @@ from engine.manifest import StateSection
 from feeds.errors import InputError
 from models.dataset import Normalisation
 from models.export import write_bundle
+from models.foreign.check import load_onnx
 from models.foreign.quantise import quantise_static
-from models.foreign.step_model import as_step_model, load_onnx, load_torch, window_feeds
+from models.foreign.step_model import as_step_model, window_feeds
+from models.foreign.torch_module import load_torch
 
 ROWS, COLUMNS, CLASSES = 6, 4, 3
 FLOAT = TensorProto.FLOAT
