@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from feeds.output import JSON
-from models.cli import need_models_extra
+from models.extra import need_models_extra
 
 if TYPE_CHECKING:
     from engine.bundle import Bundle

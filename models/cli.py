@@ -8,30 +8,7 @@ from typing import Any
 import click
 
 from feeds.output import JSON
-
-
-def need_models_extra(command: str) -> None:
-    """Refuse in one line where the extra is not installed.
-
-    Raises
-    ------
-    InputError
-        Naming what is missing.
-    """
-    from feeds.errors import InputError
-
-    try:
-        import matplotlib  # noqa: F401
-        import optuna  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            'the extra "models" is not installed',
-            where=command,
-            expected="torch, matplotlib, optuna",
-            found=str(error),
-            fix="pip install 'octick[models]'",
-        ) from None
+from models.extra import need_models_extra
 
 
 def _trigger(context: click.Context, parameter: click.Parameter, value: str) -> dict[str, Any]:
