@@ -86,7 +86,8 @@ def _lines(answer: dict[str, Any]) -> str:
         f"{answer['disagreements']:,} of another class",
         "divergence": f"p50 {answer['divergence_p50']:.4g}, p99 {answer['divergence_p99']:.4g}, "
         f"greatest {answer['divergence_max']:.4g}",
-        "drift": f"{answer['drift']:.3f}",
+        "drift": f"{answer['drift_alarms']:.0f} alarms stand, {answer['drift_alerts']:.0f} so far; "
+        f"worst stability index {answer['drift']:.3f}",
         "signals": f"{answer['signals']:,}, {answer['tradable']:,} tradable",
         "suppressed": suppressed or "none",
         "moves": f"{answer['transitions']:,}, {answer['evidence_files']:,} evidence files",

@@ -33,11 +33,13 @@ _COUNTERS: Final = {
     "shadow_missed": "Inferences that the shadow had no room for.",
     "disagreements": "Shadow answers of another class.",
     "swaps": "Models that took over.",
+    "drift_alerts": "Drift alarms that began.",
 }
 _GAUGES: Final = {
     "instruments": "Instruments followed.",
     "synced": "Instruments with a whole book.",
-    "drift": "Worst population stability index of an input.",
+    "drift": "Worst population stability index of an input: to look at, not to alarm by.",
+    "drift_alarms": "Drift alarms that stand: inputs, layers, divergence.",
 }
 
 

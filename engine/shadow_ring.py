@@ -26,8 +26,15 @@ ALIVE_NS: Final = 32  # monotonic time at which the shadow last looked
 READY: Final = 33  # 1 = its models are open
 STOP: Final = 34
 STATS: Final = 40  # float64 from here on, `STAT_NAMES`
-HEADER: Final = 64
-STAT_NAMES: Final = ("divergence_p50", "divergence_p99", "divergence_max", "drift")
+HEADER: Final = 80
+STAT_NAMES: Final = (
+    "divergence_p50",
+    "divergence_p99",
+    "divergence_max",
+    "drift",
+    "drift_alerts",
+    "drift_alarms",
+)
 MAX_OUTPUT_STATS: Final = 10  # outputs whose own p50 and p99 follow
 
 # Columns of a row's `meta`, int64.

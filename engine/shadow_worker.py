@@ -111,6 +111,7 @@ def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) 
         done += 1
         if done % STATS_EVERY == 1:
             state = models.monitor.state()
+            state |= {f"drift_{name}": state[name] for name in ("alerts", "alarms")}
             for i, name in enumerate(ring.STAT_NAMES):
                 area.stats[i] = state.get(name, 0.0)
             for i, sketch in enumerate(models.sketches):

@@ -28,6 +28,8 @@ def values() -> dict[str, Any]:
         "shadow_state": SHADOW_LOST,
         "divergence_p50": 0.25,
         "latency_p99_ns": 1_500,
+        "drift_alerts": 7,
+        "drift_alarms": 3,
         "suppressed": {name: n for n, (_, name) in enumerate(REASONS)},
         "divergence_by_output": {"down": (0.25, 0.5), "up": (0.125, 1.0)},
     }
@@ -73,7 +75,7 @@ async def test_what_is_answered_is_what_prometheus_reads(server: MetricsServer) 
     told = values()
     for name in ("messages", "signals", "tradable", "transitions", "swaps", "shadow_missed"):
         assert samples[f"octick_{name}_total",] == told[name], name
-    for name in ("instruments", "synced", "drift"):
+    for name in ("instruments", "synced", "drift", "drift_alarms"):
         assert samples[f"octick_{name}",] == told[name], name
     modes = {key[1]: value for key, value in samples.items() if key[0] == "octick_mode"}
     assert modes == {"INT8": 0.0, "FP32": 1.0, "HALTED": 0.0}
