@@ -115,7 +115,7 @@ class ControlServer:
             try:
                 command = msgspec.json.decode(body, type=Command)
                 _check(command)
-            except (msgspec.DecodeError, InputError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, InputError) as error:
                 self.answer(Request(sender, Command("status")), {"ok": False, "error": str(error)})
                 continue
             found.append(Request(sender, command))
