@@ -19,13 +19,14 @@ import msgspec
 import zmq
 
 from engine import evidence, state
+from engine.child import run_child
 from engine.config import Config
 from engine.control import ControlServer, Request
 from engine.handshake import Notice
 from engine.metrics import MetricsServer
 from engine.pipeline import Pipeline
 from engine.shadow import Drifted, Health, Shadow
-from engine.swap import Swapper, run_child
+from engine.swap import Swapper
 from engine.trust import MODE_HALTED, MODES, SHADOW_STATES
 from engine.trust_events import (
     ARM,

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from enum import Enum
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
@@ -20,6 +19,7 @@ import numpy as np
 
 from engine import shadow_ring as ring
 from engine.bundle import Bundle
+from engine.child import child_environment
 from engine.config import ShadowConfig
 from engine.drift import DriftConfig
 from engine.trust_events import ShadowAnswer
@@ -113,7 +113,7 @@ class Shadow:
             pass_fds=(self._fd,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": _python_path()},
+            env=child_environment(),
         )
         self.health = Health.STARTING
         self._began_ns = self._progress_ns = now_ns
@@ -252,10 +252,3 @@ class Shadow:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
         self._end()
-
-
-def _python_path() -> str:
-    """Where the child finds the engine, however this process was started."""
-    root = str(Path(__file__).resolve().parent.parent)
-    before = os.environ.get("PYTHONPATH", "")
-    return os.pathsep.join((root, before)) if before else root

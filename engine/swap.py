@@ -7,8 +7,6 @@ itself is one event between two ticks. A candidate that is refused leaves everyt
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -17,55 +15,17 @@ import msgspec
 import numpy as np
 
 from engine.backends.registry import open_backend
-from engine.bundle import load_bundle
+from engine.bundle import Bundle, load_bundle
 from engine.candidate import Verdict
+from engine.child import run_child
 from engine.config import Config
 from engine.pipeline import Pipeline
 from engine.serving import Loaded
-from engine.trust import MODE_FP32, MODE_INT8
+from engine.trust import MODE_FP32
 from feeds.errors import InputError
 
 JUDGE_TIMEOUT_S: Final = 600.0
 MIN_JUDGED_ROWS: Final = 512  # inferences before agreement says anything
-NICE: Final = "5"  # a child's: the hot path comes first where cores are short
-
-
-def child_environment() -> dict[str, str]:
-    """Environment in which a child finds the engine, however this process was started."""
-    root = str(Path(__file__).resolve().parent.parent)
-    before = os.environ.get("PYTHONPATH", "")
-    return os.environ | {"PYTHONPATH": os.pathsep.join((root, before)) if before else root}
-
-
-async def run_child(*arguments: str, timeout_s: float) -> tuple[int, bytes, bytes]:
-    """Run Python with arguments, niced; returns exit code, stdout and stderr.
-
-    Raises
-    ------
-    InputError
-        If it takes longer than ``timeout_s``; it is killed then.
-    """
-    child = await asyncio.create_subprocess_exec(
-        *("nice", "-n", NICE, sys.executable, *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=child_environment(),
-    )
-    try:
-        out, err = await asyncio.wait_for(child.communicate(), timeout_s)
-    except (TimeoutError, asyncio.CancelledError) as error:
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
-        if isinstance(error, asyncio.CancelledError):
-            raise
-        raise InputError(
-            "a child process took too long",
-            where=" ".join(arguments[:4]),
-            expected=f"at most {timeout_s:g} s",
-        ) from None
-    return child.returncode or 0, out, err
 
 
 class Swapper:
@@ -148,11 +108,11 @@ class Swapper:
                     found=pair[1],
                 )
             self._judged.add(pair)
-        return await asyncio.to_thread(open_model, self._config, candidate, bundle.model_hash)
+        return await asyncio.to_thread(warm, self._config, bundle)
 
 
 def open_model(config: Config, folder: str, model_hash: int) -> Loaded:
-    """A bundle as the config serves it, warm in both precisions.
+    """The bundle of a folder as the config serves it, warm in both precisions.
 
     Raises
     ------
@@ -168,12 +128,15 @@ def open_model(config: Config, folder: str, model_hash: int) -> Loaded:
             found=f"{bundle.model_hash:016x}",
             fix="put the bundle that served back in its place, or name it with --model",
         )
+    return warm(config, bundle)
+
+
+def warm(config: Config, bundle: Bundle) -> Loaded:
+    """Open a bundle as the config serves it, in both precisions."""
     model = config.model
     backend = open_backend(
         model.backend, bundle, model.device, threads=model.threads, precision=model.precision
     )
     loaded = Loaded(bundle, backend)
-    for mode in (MODE_INT8, MODE_FP32):
-        if mode == MODE_FP32 or model.precision == "int8":
-            loaded.backend(mode)
+    loaded.backend(MODE_FP32)
     return loaded

@@ -147,7 +147,7 @@ def test_only_a_known_key_commands_behind_curve(tmp_path: Path) -> None:
     ("section", "good"),
     [
         ('endpoint = "tcp://127.0.0.1:5558"', True),
-        ('endpoint = "ipc:///tmp/x"', True),
+        ('endpoint = "ipc://control"', True),
         ('endpoint = "tcp://0.0.0.0:5558"', False),
         ('endpoint = "tcp://*:5558"', False),
         ('endpoint = "tcp://0.0.0.0:5558"\ncurve_secret_key_file = "k"', False),
