@@ -137,6 +137,11 @@ class GraphBackend:
         raise NotImplementedError
 
     @classmethod
+    def open_model(cls, graph: IntegerGraph, device: str) -> GraphDevice:
+        """The device that `infer` runs a whole model on."""
+        return cls.open_device(graph, device)
+
+    @classmethod
     def open(
         cls, bundle: Bundle, device: str, *, threads: int = 1, precision: str = "int8"
     ) -> Self:
@@ -157,7 +162,7 @@ class GraphBackend:
                 found=str(threads),
             )
         graph = lower_bundle(bundle)
-        opened = cls.open_device(graph, device)
+        opened = cls.open_model(graph, device)
         info = BackendInfo(
             name=cls.name,
             device=device,

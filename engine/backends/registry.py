@@ -17,7 +17,13 @@ from engine.bundle import Bundle
 from feeds.errors import InputError
 
 GROUP: Final = "octick.backends"
-BUILT_IN: Final = {"onnx": "engine.backends.onnx:OnnxBackend"}
+BUILT_IN: Final = {
+    "compiled": "engine.backends.compiled.backend:CompiledBackend",
+    "cuda": "engine.backends.cuda.backend:CudaBackend",
+    "fpga": "engine.backends.fpga.backend:FpgaBackend",
+    "onnx": "engine.backends.onnx:OnnxBackend",
+    "split": "engine.backends.split:SplitBackend",
+}
 _METHODS: Final = ("open", "info", "infer", "submit", "poll", "reset", "close")
 
 

@@ -1,0 +1,134 @@
+"""The `compiled` backend: a whole step in one native call, from float32 inputs to float32 scores.
+
+Devices are ``cpu`` (the fastest instruction set that is there) and ``cpu:vnni``, ``cpu:avxvnni``,
+``cpu:avx2``, ``cpu:plain``; all give the same bits. Convolutions compute their newest column only,
+from ring buffers. Nothing is allocated in a step, and nothing is compiled after opening.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numba
+import numpy as np
+
+from engine.backends.compiled.isa import choose_isa
+from engine.backends.compiled.native_step import native_step
+from engine.backends.compiled.plan import Planner, aligned_bytes
+from engine.backends.graph_backend import MAX_STREAMS, GraphBackend
+from engine.backends.integer_graph import IntegerGraph
+from engine.backends.interface import BackendInfo
+from engine.backends.onnx_streams import check_arrays
+from engine.bundle import Bundle
+
+
+class CompiledGraph:
+    """A graph's native step with its memory; a `GraphDevice` where it runs from codes.
+
+    Parameters
+    ----------
+    graph : IntegerGraph
+    device : str
+    from_codes : bool
+        Whether a step takes codes and gives int32, or takes float32 and gives float32.
+
+    Attributes
+    ----------
+    run : callable
+        One step between addresses: input, output, arena, state. Gives the value check's mask.
+    arena : int
+        Address of weights and values.
+    states : list of int
+        Address of each stream's state; 0 where it has not begun.
+    """
+
+    def __init__(self, graph: IntegerGraph, device: str, *, from_codes: bool) -> None:
+        isa = choose_isa(device)
+        planner = Planner(graph, isa, from_codes=from_codes)
+        self.isa = isa.name
+        self.library = f"numba {numba.__version__}"
+        self.run = native_step(planner.plan)
+        self._block = planner.arena
+        self.arena = int(planner.arena.ctypes.data)
+        self._fresh = planner.state
+        self._states: list[np.ndarray | None] = []
+        self.states: list[int] = []
+
+    def begin(self, stream: int) -> int:
+        """Address of a stream's state, made fresh where it has not begun."""
+        assert 0 <= stream < MAX_STREAMS, f"stream {stream} of at most {MAX_STREAMS}"
+        missing = stream + 1 - len(self.states)
+        self.states += [0] * missing
+        self._states += [None] * missing
+        if not self.states[stream]:
+            block = aligned_bytes(len(self._fresh))
+            block[:] = self._fresh
+            self._states[stream] = block
+            self.states[stream] = int(block.ctypes.data)
+        return self.states[stream]
+
+    def step(self, stream: int, codes: np.ndarray, out: np.ndarray) -> int:
+        """One inference; see `engine.backends.graph_backend.GraphDevice.step`."""
+        assert codes.flags.c_contiguous
+        assert out.flags.c_contiguous
+        state = self.begin(stream)
+        return self.run(codes.ctypes.data, out.ctypes.data, self.arena, state)
+
+    def reset(self, stream: int) -> None:
+        """Start a stream afresh; nothing to do for one that has not begun."""
+        block = self._states[stream] if stream < len(self._states) else None
+        if block is not None:
+            block[:] = self._fresh
+
+    def close(self) -> None:
+        """Let go of every stream."""
+        self.states.clear()
+        self._states.clear()
+
+
+class CompiledBackend(GraphBackend):
+    """One bundle's model as native code; see `engine.backends.interface.Backend`."""
+
+    name: ClassVar[str] = "compiled"
+
+    def __init__(
+        self, bundle: Bundle, graph: IntegerGraph, device: CompiledGraph, info: BackendInfo
+    ) -> None:
+        super().__init__(bundle, graph, device, info)
+        self._native = device
+        # What a step needs, one look away.
+        self._run, self._arena, self._states = device.run, device.arena, device.states
+        self._x: np.ndarray | None = None
+        self._out: np.ndarray | None = None
+        self._x_at = self._out_at = 0
+
+    @classmethod
+    def open_device(cls, graph: IntegerGraph, device: str) -> CompiledGraph:
+        """A part of a model; see `GraphBackend.open_device`."""
+        return CompiledGraph(graph, device, from_codes=True)
+
+    @classmethod
+    def open_model(cls, graph: IntegerGraph, device: str) -> CompiledGraph:
+        """A whole model, with both of its ends in the native step."""
+        return CompiledGraph(graph, device, from_codes=False)
+
+    def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> int:
+        """Run the model from ``x`` into ``out``; see `Backend.infer`."""
+        if x is not self._x or out is not self._out:
+            self._bind(x, out)
+        states = self._states
+        state = states[stream] if 0 <= stream < len(states) else 0
+        if not state:
+            state = self._native.begin(stream)
+        return self._run(self._x_at, self._out_at, self._arena, state)
+
+    def _bind(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Read from ``x`` and write to ``out`` from now on; both are kept alive."""
+        check_arrays(self._info, x, out)
+        self._x, self._out = x, out
+        self._x_at, self._out_at = int(x.ctypes.data), int(out.ctypes.data)
+
+    def close(self) -> None:
+        """Drop streams and the bound arrays."""
+        super().close()
+        self._x = self._out = None
