@@ -85,9 +85,17 @@ def doctor(as_json: bool, tape_folder: str) -> None:
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after S seconds.")
 @click.option("--tape", "tape_path", metavar="FILE", help="Record to FILE instead of tape.path.")
 @click.option("--no-tape", is_flag=True, help="Record nothing.")
+@click.option("--backend", help="What runs the model, in place of model.backend.")
+@click.option("--device", help="Of the backend, in place of model.device.")
 @click.option("--json", "as_json", is_flag=True, help="The session's totals as one JSON object.")
 def run(
-    config: str, seconds: float | None, tape_path: str | None, no_tape: bool, as_json: bool
+    config: str,
+    seconds: float | None,
+    tape_path: str | None,
+    no_tape: bool,
+    backend: str | None,
+    device: str | None,
+    as_json: bool,
 ) -> None:
     """Run the engine as CONFIG says: market data in, signals out, the session on tape.
 
@@ -96,11 +104,11 @@ def run(
     """
     import msgspec
 
-    from engine.config import load_config, require_live
+    from engine.config import load_config, require_live, served_by
     from engine.daemon import run_daemon
     from engine.run_report import Reporter
 
-    settings = load_config(config)
+    settings = served_by(load_config(config), backend, device)
     if tape_path is not None or no_tape:
         path = "" if no_tape else str(tape_path)
         settings = msgspec.structs.replace(

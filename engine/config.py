@@ -456,6 +456,27 @@ def _check_config(config: Config, where: str) -> None:
             raise InputError(f"'model.{key}' is empty", where=where, expected="a name")
 
 
+def served_by(
+    config: Config, backend: str | None, device: str | None = None, threads: int | None = None
+) -> Config:
+    """The config with another backend, device or number of threads; None keeps each.
+
+    A backend that is named without a device runs on its own first one.
+    """
+    from engine.backends.registry import default_device
+
+    model = config.model
+    if device is None and backend is not None and backend != model.backend:
+        device = default_device(backend)
+    model = msgspec.structs.replace(
+        model,
+        backend=backend or model.backend,
+        device=device or model.device,
+        threads=threads or model.threads,
+    )
+    return msgspec.structs.replace(config, model=model)
+
+
 def _once(bound: dict[str, str], endpoint: str, key: str, where: str) -> None:
     first = bound.setdefault(endpoint, key)
     if first != key:

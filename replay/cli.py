@@ -37,6 +37,8 @@ def _speed(context: click.Context, parameter: click.Parameter, value: str) -> fl
 @click.option("--out", type=click.Path(path_type=Path), help="Write the signals as Parquet.")
 @click.option("--verify", is_flag=True, help="Compare with the signals recorded on the tape.")
 @click.option("--no-inference", is_flag=True, help="Book, features and triggers alone.")
+@click.option("--backend", help="What runs the model. Default: what the config says.")
+@click.option("--device", help="Of the backend. Default: the config's, or the backend's first.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Of the model's runtime.")
 @click.option(
     "--speed", callback=_speed, default="max", show_default=True, help="'max', or times the pace."
@@ -60,6 +62,8 @@ def replay(
     out: Path | None,
     verify: bool,
     no_inference: bool,
+    backend: str | None,
+    device: str | None,
     threads: int | None,
     speed: float,
     evidence: Path | None,
@@ -88,6 +92,8 @@ def replay(
             config=config,
             out=out,
             inference=not no_inference,
+            backend=backend,
+            device=device,
             threads=threads,
             speed=speed,
             verify=verify,

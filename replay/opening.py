@@ -20,6 +20,7 @@ from engine.config import (
     default_config,
     from_semantic,
     load_config,
+    served_by,
 )
 from engine.pipeline import Pipeline
 from engine.serving import Loaded
@@ -54,6 +55,8 @@ def opened(
     model: str | os.PathLike[str] | None = None,
     config: str | os.PathLike[str] | Config | None = None,
     inference: bool = True,
+    backend: str | None = None,
+    device: str | None = None,
     threads: int | None = None,
 ) -> Iterator[Setting]:
     """The pipeline that replays tapes with these headers; closed at the end.
@@ -61,7 +64,7 @@ def opened(
     Parameters
     ----------
     metas : sequence of TapeMeta
-    model, config, inference, threads
+    model, config, inference, backend, device, threads
         As `replay_tapes` takes them.
 
     Raises
@@ -70,21 +73,22 @@ def opened(
         For a bundle or config that cannot be used.
     """
     chosen = config if isinstance(config, Config) else choose_config(metas, config)
-    bundle = backend = None
+    chosen = served_by(chosen, backend, device, threads)
+    bundle = served = None
     if inference:
         bundle = load_bundle(_bundle_path(model, chosen.model))
-        backend = open_backend(
+        served = open_backend(
             chosen.model.backend,
             bundle,
             chosen.model.device,
-            threads=threads or chosen.model.threads,
+            threads=chosen.model.threads,
             precision=chosen.model.precision,
         )
     followed = follows(metas, chosen, bundle)
     pipeline = Pipeline(
         chosen,
         bundle,
-        backend,
+        served,
         load=None if bundle is None else partial(load_swapped, chosen, bundle.path.parent),
         follow_trust_events=followed,
         engine_epoch=metas[0].engine_epoch,

@@ -223,6 +223,8 @@ def replay_tapes(
     config: str | os.PathLike[str] | Config | None = None,
     out: str | os.PathLike[str] | None = None,
     inference: bool = True,
+    backend: str | None = None,
+    device: str | None = None,
     threads: int | None = None,
     speed: float = MAX_SPEED,
     verify: bool = False,
@@ -245,6 +247,8 @@ def replay_tapes(
         Parquet file for the signals.
     inference : bool
         False runs book, features and triggers alone; signals then have no outputs.
+    backend, device : str, optional
+        What runs the model; default is the config's.
     threads : int, optional
         Of the model's runtime.
     speed : float
@@ -272,7 +276,15 @@ def replay_tapes(
         stream.tick = watch(stream.file_bytes)
     with ExitStack() as stack:
         setting = stack.enter_context(
-            opened(stream.metas, model=model, config=config, inference=inference, threads=threads)
+            opened(
+                stream.metas,
+                model=model,
+                config=config,
+                inference=inference,
+                backend=backend,
+                device=device,
+                threads=threads,
+            )
         )
         pipeline, chosen, bundle = setting.pipeline, setting.config, setting.bundle
         stop = stack.enter_context(interruptible())

@@ -43,13 +43,15 @@ class GraphReference:
         What the next step reads, by the graph input's name, as the bundle keeps it.
     values : dict of str to ndarray of uint8
         All values of the last step, by name.
+    counts : ndarray of int64
+        Saturated codes of the last step, by group of the value check.
     """
 
     def __init__(self, graph: IntegerGraph) -> None:
         self._graph = graph
         self.state: Values = {}
         self.values: Values = {}
-        self._counts = np.zeros(len(graph.checks), dtype=np.int64)
+        self.counts = np.zeros(len(graph.checks), dtype=np.int64)
         self.reset()
 
     def reset(self) -> None:
@@ -88,7 +90,7 @@ class GraphReference:
             Without the check of the input.
         """
         self.values = {INPUT: codes}
-        self._counts[:] = 0
+        self.counts[:] = 0
         after: Values = {}
         acc = np.zeros(0, dtype=np.int64)
         for layer in self._graph.layers:
@@ -135,7 +137,7 @@ class GraphReference:
         if point is not None and point.group >= 0:
             saturated = int((codes == 0).sum()) if point.low else 0
             saturated += int((codes == CODE_MAX).sum()) if point.high else 0
-            self._counts[point.group] += saturated
+            self.counts[point.group] += saturated
         return self.values[name]
 
     def _codes(self, acc: np.ndarray, shift: np.ndarray | int, point: Point) -> np.ndarray:
@@ -145,7 +147,7 @@ class GraphReference:
 
     def _violations(self) -> int:
         mask = 0
-        for group, count in zip(self._graph.checks, self._counts, strict=True):
+        for group, count in zip(self._graph.checks, self.counts, strict=True):
             mask |= group.mask if count > group.limit else 0
         return mask
 

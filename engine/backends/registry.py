@@ -24,12 +24,19 @@ BUILT_IN: Final = {
     "onnx": "engine.backends.onnx:OnnxBackend",
     "split": "engine.backends.split:SplitBackend",
 }
+# Of a backend that is named without a device; of the others it is the CPU.
+DEFAULT_DEVICES: Final = {"cuda": "cuda:0", "fpga": "rtl-sim"}
 _METHODS: Final = ("open", "info", "infer", "submit", "poll", "reset", "close")
 
 
 def backend_names() -> tuple[str, ...]:
     """Names that `find_backend` knows, sorted."""
     return tuple(sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
+
+
+def default_device(name: str) -> str:
+    """The device of a backend that is named without one."""
+    return DEFAULT_DEVICES.get(name, "cpu")
 
 
 def find_backend(name: str) -> type[Backend]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.backends.compiled.isa import choose_isa
 from engine.backends.compiled.native_step import native_step
-from engine.backends.compiled.plan import Planner, aligned_bytes
+from engine.backends.compiled.planning import Planner, aligned_bytes
 from engine.backends.graph_backend import MAX_STREAMS, GraphBackend
 from engine.backends.integer_graph import IntegerGraph
 from engine.backends.interface import BackendInfo
