@@ -1,16 +1,22 @@
-"""Streams of a model with state in one ONNX Runtime session.
+"""Streams of a model with state in one ONNX Runtime session, in the host's memory or in a GPU's.
 
-A stream is one instrument: two sets of state arrays and two I/O bindings between them, made at its
+In the host's a stream is two sets of state arrays and two I/O bindings between them, made at its
 first inference. One binding reads set A and writes set B, the other the reverse, and an inference
 that succeeds swaps them. So a step copies nothing and allocates nothing, and one that fails leaves
 the state as it was.
 
-Source: ONNX Runtime documentation, "I/O binding".
+In a GPU's there is one binding for all streams, since a CUDA graph replays the addresses that it
+was captured with. A stream's state lies there beside it, is copied in before a step and out after
+it, and never crosses to the host.
+
+Source: ONNX Runtime documentation, "I/O binding"; of the CUDA and TensorRT execution providers,
+"CUDA graphs".
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -33,6 +39,12 @@ def check_arrays(info: BackendInfo, x: np.ndarray, out: np.ndarray) -> None:
     assert out.flags.writeable
 
 
+def bind_checked(binding: ort.IOBinding, checked: Mapping[str, np.ndarray]) -> None:
+    """Let a session write what the value check needs into these arrays."""
+    for name, array in checked.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+
+
 class _Stream:
     """State arrays and bindings of one instrument; ``turn`` names the set that is read next."""
 
@@ -47,18 +59,16 @@ class _Stream:
 
 
 class StatefulRunner:
-    """Runs a model with state, each stream from its own.
+    """Runs a model with state in the host's memory, each stream from its own.
 
     Parameters
     ----------
     session : onnxruntime.InferenceSession
     bundle : Bundle
     info : BackendInfo
-    copies_input : bool
-        Whether this execution provider copies an input when it is bound, not when it is run.
-    check : (str or None, ndarray of int32, shape (1,))
-        Output of the value check, and where it is written; all streams share it, since it is
-        read right after each step.
+    checked : mapping of str to ndarray
+        Outputs for the value check, and where they are written; all streams share them, since
+        they are read right after each step.
     """
 
     def __init__(
@@ -66,16 +76,14 @@ class StatefulRunner:
         session: ort.InferenceSession,
         bundle: Bundle,
         info: BackendInfo,
-        copies_input: bool,
-        check: tuple[str | None, np.ndarray],
+        checked: Mapping[str, np.ndarray],
     ) -> None:
         self._session = session
         self._info = info
         self._input_name = bundle.input_name
         self._output_name = bundle.output_name
         self._state: tuple[StateTensor, ...] = bundle.state(info.precision)
-        self._copies_input = copies_input
-        self._check_name, self._mask = check
+        self._checked = checked
         self._streams: dict[int, _Stream] = {}
 
     def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> None:
@@ -95,7 +103,7 @@ class StatefulRunner:
         own = self._streams.get(stream)
         if own is None:
             own = self._make(stream)
-        if x is not own.x or out is not own.out or self._copies_input:
+        if x is not own.x or out is not own.out:
             self._bind(own, x, out)
         turn = own.turn
         try:
@@ -136,10 +144,7 @@ class StatefulRunner:
                 read, written = own.sets[turn][i], own.sets[1 - turn][i]
                 binding.bind_input(tensor.input, "cpu", 0, dtype, shape, read.ctypes.data)
                 binding.bind_output(tensor.output, "cpu", 0, dtype, shape, written.ctypes.data)
-            if self._check_name is not None:
-                binding.bind_output(
-                    self._check_name, "cpu", 0, np.int32, [1], self._mask.ctypes.data
-                )
+            bind_checked(binding, self._checked)
 
     def _bind(self, own: _Stream, x: np.ndarray, out: np.ndarray) -> None:
         check_arrays(self._info, x, out)
@@ -148,6 +153,100 @@ class StatefulRunner:
             binding.bind_output(
                 self._output_name, "cpu", 0, np.float32, [1, *out.shape], out.ctypes.data
             )
-        if self._copies_input:
-            self._bind_state(own)
         own.x, own.out = x, out
+
+
+class GpuRunner:
+    """Runs a model in the memory of a GPU, with state or without.
+
+    Parameters
+    ----------
+    session : onnxruntime.InferenceSession
+    bundle : Bundle
+    info : BackendInfo
+    checked : mapping of str to ndarray
+        Outputs for the value check, and where they are copied to.
+    gpu : int
+        Its number.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        bundle: Bundle,
+        info: BackendInfo,
+        checked: Mapping[str, np.ndarray],
+        gpu: int,
+    ) -> None:
+        self._session = session
+        self._info = info
+        self._gpu = gpu
+        self._state: tuple[StateTensor, ...] = bundle.state(info.precision)
+        self._x = self._placed(np.zeros(info.input_shape, dtype=np.float32))
+        self._out = self._placed(np.zeros((1, *info.output_shape), dtype=np.float32))
+        self._before = [self._placed(tensor.fresh()) for tensor in self._state]
+        self._after = [self._placed(tensor.fresh()) for tensor in self._state]
+        self._checked = [(array, self._placed(array)) for array in checked.values()]
+        self._streams: dict[int, list[Any]] = {}
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(bundle.input_name, self._x)
+        self._binding.bind_ortvalue_output(bundle.output_name, self._out)
+        for tensor, before, after in zip(self._state, self._before, self._after, strict=True):
+            self._binding.bind_ortvalue_input(tensor.input, before)
+            self._binding.bind_ortvalue_output(tensor.output, after)
+        for name, (_, value) in zip(checked, self._checked, strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+
+    def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> None:
+        """One step of a stream; see `StatefulRunner.infer`."""
+        check_arrays(self._info, x, out)
+        try:
+            own = self._streams.get(stream)
+            if own is None:
+                own = self._make(stream)
+            self._x.update_inplace(x)
+            for before, kept in zip(self._before, own, strict=True):
+                _copy(before, kept)
+            self._session.run_with_iobinding(self._binding)
+            scores = self._out.numpy()
+            for array, value in self._checked:
+                array[...] = value.numpy()
+            for kept, after in zip(own, self._after, strict=True):
+                _copy(kept, after)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise RuntimeError(f"inference failed: {error}") from None
+        out[:] = scores[0]
+
+    def reset(self, stream: int) -> None:
+        """Start a stream afresh; nothing to do for one that has not begun."""
+        for kept, tensor in zip(self._streams.get(stream, ()), self._state, strict=False):
+            kept.update_inplace(tensor.fresh())
+
+    def current(self, stream: int) -> dict[str, np.ndarray]:
+        """What a stream's next inference reads, copied, by the graph input's name."""
+        own = self._streams.get(stream)
+        arrays = [t.fresh() for t in self._state] if own is None else [v.numpy() for v in own]
+        return {t.input: array for t, array in zip(self._state, arrays, strict=True)}
+
+    def forget(self) -> None:
+        """Drop every stream."""
+        self._streams.clear()
+
+    def _make(self, stream: int) -> list[Any]:
+        assert 0 <= stream < MAX_STREAMS, f"stream {stream} of at most {MAX_STREAMS}"
+        own = [self._placed(tensor.fresh()) for tensor in self._state]
+        if self._state:
+            self._streams[stream] = own
+        return own
+
+    def _placed(self, array: np.ndarray) -> Any:
+        """A copy of an array in the GPU's memory."""
+        return ort.OrtValue.ortvalue_from_numpy(array, "cuda", self._gpu)
+
+
+def _copy(to: Any, value: Any) -> None:
+    """Copy within the GPU's memory."""
+    try:
+        to.update_inplace(value)
+    except TypeError:  # this ONNX Runtime (1.24, for one) takes arrays only: by way of the host
+        to.update_inplace(value.numpy())
