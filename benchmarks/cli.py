@@ -295,6 +295,66 @@ def quiet(hours: float, as_json: bool) -> None:
     )
 
 
+@click.command()
+@click.option(
+    "--bundle",
+    "bundles",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Repeatable. [default: the reference]",
+)
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    help="An untrained network of this architecture, made for the purpose. Repeatable.",
+)
+@click.option(
+    "--backend", "only", multiple=True, help="NAME or NAME/DEVICE. Repeatable. [default: all]"
+)
+@click.option("--rounds", type=click.IntRange(1, 100_000), default=50, show_default=True)
+@click.option("--vectors", type=click.IntRange(1, 1_000_000), default=1_000, show_default=True)
+@click.option("--rivals", is_flag=True, help="ONNX Runtime and OpenVINO in the same rounds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+def backends(
+    bundles: tuple[Path, ...],
+    archs: tuple[str, ...],
+    only: tuple[str, ...],
+    rounds: int,
+    vectors: int,
+    rivals: bool,
+    as_json: bool,
+) -> None:
+    """Latency, throughput, size, power and bits of every backend and device on this machine.
+
+    In short blocks, one backend after the other, round after round. Exit code 1 where one that
+    calls itself exact differs from the reference in a score or in a value check.
+    """
+    import tempfile
+
+    import msgspec
+
+    from benchmarks.backends import bench_backends, show
+    from benchmarks.provenance import REFERENCE
+    from benchmarks.untrained import make_untrained
+    from feeds.progress import stages
+
+    with stages() as progress, tempfile.TemporaryDirectory() as folder:
+        paths = list(bundles)
+        for arch in archs:
+            progress(f"making an untrained {arch}", 0.0)
+            paths.append(make_untrained(arch, Path(folder) / arch))
+        rows = bench_backends(
+            paths or [REFERENCE], rounds, vectors, only=only, rivals=rivals, progress=progress
+        )
+    if as_json:
+        for row in rows:
+            click.echo(msgspec.json.encode(row).decode())
+    else:
+        show(rows)
+    sys.exit(0 if all(row.ok for row in rows) else 1)
+
+
 @click.command("value-checks")
 @click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
 @click.option("--rounds", type=click.IntRange(2, 1_000_000), default=3_000, show_default=True)
