@@ -36,6 +36,11 @@ _COMMANDS: Final[dict[str, Any]] = {
     "why": ("replay.cli", "why", "Tell a signal's whole story from its tape."),
     "compile": ("benchmarks.cli", "compile_kernels", "Compile every kernel ahead of its use."),
     "demo": ("benchmarks.cli", "demo", "Simulator, daemon and subscriber, then a replay."),
+    "backend": {
+        "": "What runs the models: which is here, and whether it keeps its promises.",
+        "check": ("engine.backend_cli", "check", "Run the conformance suite on a backend."),
+        "list": ("engine.backend_cli", "list_command", "Say which backends open here."),
+    },
     "control": {
         "": "Command a running engine.",
         "arm": ("engine.control_cli", "arm", "Let it go on after a halt."),
@@ -71,6 +76,7 @@ _COMMANDS: Final[dict[str, Any]] = {
     },
     "bench": {
         "": "Measure; every figure in the README comes from here.",
+        "backends": ("benchmarks.cli", "backends", "Every backend here, and its rivals."),
         "calibration": ("benchmarks.cli", "calibration", "How many calibration rows are enough."),
         "crossover": ("benchmarks.cli", "crossover", "From which size on INT8 beats FP32."),
         "convert": ("benchmarks.cli", "convert", "Raw lines a second of the converter."),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
+import numpy as np
+
 from feeds import wire
 
 _BLOCK_END: Final = wire.HEADER_BYTES + wire.SIGNAL_CANONICAL_BLOCK
@@ -45,6 +47,16 @@ class Digest:
         if len(buffer) > MAX_BUFFERED_BYTES:
             self._sha.update(buffer)
             buffer.clear()
+
+    def update_all(self, messages: memoryview, size: int) -> None:
+        """Count in SBE Signals of ``size`` bytes each, one behind the other."""
+        rows = np.frombuffer(messages, dtype=np.uint8).reshape(-1, size)
+        kept = np.concatenate([rows[:, wire.HEADER_BYTES : _BLOCK_END], rows[:, _OUTPUTS:]], axis=1)
+        self._buffer += kept.data.cast("B")
+        self.signals += len(rows)
+        if len(self._buffer) > MAX_BUFFERED_BYTES:
+            self._sha.update(self._buffer)
+            self._buffer.clear()
 
     def hexdigest(self) -> str:
         """The digest so far, 64 hex digits."""

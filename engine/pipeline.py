@@ -3,7 +3,8 @@
     record → check → sequence → book → features → trigger → infer → value check → encode
 
 All state lives in arrays made here, once. `Pipeline.advance` runs native code over tape records
-up to the next signal that is due; `Pipeline.answer` infers and encodes it. Trust events on the
+up to the next signal that is due; `Pipeline.answer` infers and encodes it; `Pipeline.serve` does
+both, as often as it can, without Python in between. Trust events on the
 tape (`engine.trust_events`) are taken on the way, between two signals. Nothing here reads a clock
 of its own, and a slot is an instrument's place in (venue, symbol) order, so the order in which a
 config names its instruments changes nothing.
@@ -17,7 +18,8 @@ from typing import Final
 import numpy as np
 
 from engine import advance as kernel
-from engine import controls, features, signals, trust
+from engine import answering, controls, features, signals, trust
+from engine.backends.compiled.native_call import NATIVE_FIELDS, NativeModel
 from engine.backends.interface import Backend
 from engine.book import FLOW_FIELDS, new_books, side_levels
 from engine.bundle import Bundle
@@ -32,6 +34,8 @@ from engine.trust_keeper import Load, TrustKeeper
 from feeds import codec, sync, wire
 from feeds.errors import InputError
 
+SERVED_BYTES: Final = 1 << 16  # of signals in one call of `Pipeline.serve`
+_NOTHING: Final = memoryview(b"")
 _SYNC_COUNTERS: Final = {
     "gaps": sync.GAPS,
     "lost": sync.LOST,
@@ -85,6 +89,8 @@ class Pipeline:
         Raw features of the last signal that was tradable before inference.
     trust : TrustKeeper
         Who answers, and why.
+    served : memoryview
+        Signals of the last `serve`, ``signal_bytes`` each; valid until the next one.
     ticket : int
         Inferences so far.
     fresh : bool
@@ -172,7 +178,7 @@ class Pipeline:
         self.trust: Final = TrustKeeper(
             config, names, loaded, load=load, take_over=self._take_over, n_outputs=n_outputs
         )
-        self._messages: Final = [
+        templates = [
             signals.signal_template(
                 venue,
                 symbol,
@@ -186,7 +192,46 @@ class Pipeline:
             )
             for venue, symbol in names
         ]
+        table = np.array(templates)
+        self._messages: Final = list(table)
         self._views: Final = [message.data for message in self._messages]
+        self.signal_bytes: Final = table.shape[1]
+        # What the kernels take, in their order: the books and features, the model's input, and
+        # what a signal is made of.
+        self._state: Final = (
+            self._keys,
+            self._ids,
+            self.sync,
+            self._held,
+            self._window,
+            self._far,
+            self.top,
+            self.depth,
+            self._flow,
+            self._fi,
+            self._ff,
+            self._track,
+            self._shared,
+            self._params,
+            self._facts,
+            self.vector,
+            self._norm,
+        )
+        self._input: Final = (self.seen, self.x, self._x_bytes)
+        self._answer: Final = (
+            table,
+            self._outputs,
+            self.guards,
+            self.scores,
+            self._limits_i,
+            self._limits_f,
+        )
+        self._native: Final = np.zeros(NATIVE_FIELDS, dtype=np.int64)
+        self._native_of: NativeModel | None = None
+        self._round: Final = np.zeros(answering.ROUND_FIELDS, dtype=np.int64)
+        self._out: Final = np.zeros(max(SERVED_BYTES, self.signal_bytes), dtype=np.uint8)
+        self._out_view: Final = self._out.data
+        self.served: memoryview = _NOTHING
 
     def advance(self, buf: np.ndarray, at: int, stop: int) -> int:
         """Consume whole tape records of ``buf[at:stop]``; see `engine.advance.advance`.
@@ -211,33 +256,76 @@ class Pipeline:
         return at
 
     def _advance(self, buf: np.ndarray, at: int, stop: int) -> int:
-        after: int = kernel.advance(
+        after: int = kernel.advance(buf, at, stop, *self._state, self._clip, *self._input)
+        return after
+
+    def serve(self, buf: np.ndarray, at: int, stop: int) -> int:
+        """Consume whole tape records of ``buf[at:stop]`` and answer what they make due.
+
+        The same as `advance` and `answer` in turn, without a clock; where the model is a compiled
+        one, many signals in one call.
+
+        Returns
+        -------
+        int
+            Where to go on. `served` then holds the signals, one behind the other; there may be
+            none.
+        """
+        serving = self.trust.serving
+        native = None if serving is None or self.trust.late else serving.native_model()
+        if native is None:
+            at = self.advance(buf, at, stop)
+            self.served = self.answer() if self.fired else _NOTHING
+            return at
+        return self._serve_native(native, buf, at, stop)
+
+    def _serve_native(self, native: NativeModel, buf: np.ndarray, at: int, stop: int) -> int:
+        keeper, told = self.trust, self._round
+        failover, recent = keeper.failover, keeper.recent
+        told[answering.TICKET] = self.ticket
+        halted = failover.mode == trust.MODE_HALTED
+        told[answering.BLOCKED] = trust.REASON_HALTED if halted else 0
+        told[answering.PRECISION] = keeper.precision
+        told[answering.NUMERICS] = keeper.numerics
+        told[answering.SHADOW] = failover.shadow
+        told[answering.MODE] = failover.serving
+        if native is not self._native_of:
+            self._native_of = native
+            addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
+            self._native[:] = (native.step, *addresses, *native[1:4])
+        at = answering.serve(
             buf,
             at,
             stop,
-            self._keys,
-            self._ids,
-            self.sync,
-            self._held,
-            self._window,
-            self._far,
-            self.top,
-            self.depth,
-            self._flow,
-            self._fi,
-            self._ff,
-            self._track,
-            self._shared,
-            self._params,
-            self._facts,
-            self.vector,
-            self._norm,
+            *self._state,
             self._clip,
-            self.seen,
-            self.x,
-            self._x_bytes,
+            *self._input,
+            *self._answer,
+            recent.about,
+            recent.vectors,
+            recent.outputs,
+            self._native,
+            native.states,
+            told,
+            self._out,
         )
-        return after
+        self.fired = False
+        n, tradable, judged = told[answering.SIGNALS : answering.JUDGE + 1].tolist()
+        self.served = self._out_view[: n * self.signal_bytes]
+        self.ticket = int(told[answering.TICKET])
+        self.signals += n
+        self.tradable += tradable
+        if tradable < n:
+            counts = told[answering.SUPPRESSED :].tolist()
+            for bit, name in REASONS:
+                self.suppressed[name] += counts[bit.bit_length() - 1]
+        if judged:
+            facts = self._facts
+            at_ns, check = int(facts[signals.FACT_RECEIVED]), int(facts[signals.FACT_VALUE_CHECK])
+            keeper.judge(self.slot, self.ticket, at_ns, judged, check, 0)
+        elif self._shared[kernel.FIRED_SLOT] == kernel.EVENT_DUE and self._follow:
+            self._take_event(buf)
+        return at
 
     @property
     def slot(self) -> int:

@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 
+from engine.backends.compiled.native_call import NativeModel
 from engine.backends.interface import Backend
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle
@@ -85,6 +86,8 @@ class Serving:
         self._scratch = np.zeros(loaded.bundle.n_outputs, dtype=np.float32)
         self._x = np.zeros((1, loaded.bundle.n_features), dtype=np.float32)
         self.backend = loaded.backend(loaded.mode)
+        self._native_of: Backend | None = None
+        self._native: NativeModel | None = None
         self.switch(loaded.mode)
         self._behind[:] = self._any_behind = False  # nothing to catch up with yet
 
@@ -103,6 +106,16 @@ class Serving:
         mode, self._mode = self._mode, -1
         self.switch(mode)
         return None if retired is loaded else retired
+
+    def native_model(self) -> NativeModel | None:
+        """What a kernel can call in place of `infer`; None where only `infer` will do."""
+        if self._any_behind and self._behind.any():
+            return None
+        if self._native_of is not self.backend:
+            self._native_of = self.backend
+            make = getattr(self.backend, "native_model", None)
+            self._native = None if make is None else make(len(self._behind))
+        return self._native
 
     def infer(self, slot: int, ticket: int, x: np.ndarray, out: np.ndarray, fresh: bool) -> int:
         """One inference; returns the violation mask of the model's value check.

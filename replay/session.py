@@ -170,7 +170,7 @@ class Session:
         self.pipeline = pipeline
         self.digest = Digest()
         self.interrupted = False
-        self._sinks = (self.digest.update, *sinks)
+        self._sinks = tuple(sinks)
         self._stop = stop
         self._speed = speed
         self._first_ns = -1
@@ -189,14 +189,17 @@ class Session:
 
     def _advance(self, buf: np.ndarray, at: int, stop: int) -> None:
         pipeline, sinks, asked = self.pipeline, self._sinks, self._stop.is_set
+        size = pipeline.signal_bytes
         while at < stop:
-            at = pipeline.advance(buf, at, stop)
-            if pipeline.fired:
-                message = pipeline.answer()
-                for sink in sinks:
-                    sink(message)
-                if asked():
-                    return
+            at = pipeline.serve(buf, at, stop)
+            served = pipeline.served
+            if len(served):
+                self.digest.update_all(served, size)
+                for begin in range(0, len(served), size) if sinks else ():
+                    for sink in sinks:
+                        sink(served[begin : begin + size])
+            if asked():
+                return
 
     def _paced(self, buf: np.ndarray, at: int, stop: int) -> None:
         while at < stop and not self._stop.is_set():

@@ -1,18 +1,18 @@
 """The proof at opening: a backend gives the bits of the bundle's graph as it is written.
 
-The graph runs unfused in ONNX Runtime on the CPU, in sequences from a fresh state: ordinary inputs,
-saturated ones, where narrow intermediate sums would overflow, and inputs half way between two
-codes, where only half to even gives the same ones.
+The graph runs unfused in ONNX Runtime on the CPU, in sequences from a fresh state, over
+`engine.backends.hard_inputs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import islice
 from typing import Final, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
+from engine.backends.hard_inputs import hard_inputs
 from engine.bundle import Bundle
 from feeds.errors import InputError
 
@@ -36,16 +36,6 @@ class Inferring(Protocol):
         ...
 
 
-def proof_rows(shape: tuple[int, ...], clip: float, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Inputs of one sequence: float32 of a shape, within the clip."""
-    rng = np.random.default_rng(seed)
-    for step in range(steps):
-        drawn = rng.standard_normal(shape) * (1e6 if step % 3 == 1 else 0.3 * clip)
-        if step % 3 == 2:
-            drawn = np.rint(drawn * (256.0 / clip)) * (clip / 256.0)
-        yield np.clip(drawn, -clip, clip).astype(np.float32)
-
-
 def plain_session(data: bytes) -> ort.InferenceSession:
     """The graph as it is written, nothing fused, on the CPU."""
     options = ort.SessionOptions()
@@ -56,10 +46,17 @@ def plain_session(data: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def prove_backend(backend: Inferring, bundle: Bundle, steps: int = STEPS) -> None:
+def prove_backend(backend: Inferring, bundle: Bundle, input_step: float) -> None:
     """Hold a backend's INT8 answers, and its value check, against the graph.
 
-    Every stream that is touched is fresh again afterwards.
+    The stream that it runs on, 0, is fresh again afterwards.
+
+    Parameters
+    ----------
+    backend : Inferring
+    bundle : Bundle
+    input_step : float
+        Scale at which the graph quantises its input.
 
     Raises
     ------
@@ -73,10 +70,11 @@ def prove_backend(backend: Inferring, bundle: Bundle, steps: int = STEPS) -> Non
         names.append(bundle.checks.output)
     x = np.zeros((1, bundle.n_features), dtype=np.float32)
     out = np.zeros(bundle.n_outputs, dtype=np.float32)
-    for sequence in range(SEQUENCES):
+    rows = hard_inputs(np.random.default_rng(0), x.shape, bundle.clip, (input_step,))
+    for _ in range(SEQUENCES):
         backend.reset(0)
         state = {tensor.input: tensor.fresh() for tensor in tensors}
-        for row in proof_rows(x.shape, bundle.clip, steps, sequence):
+        for row in islice(rows, STEPS):
             x[:] = row
             found = backend.infer(0, x, out)
             expected, *after = plain.run(names, {bundle.input_name: x, **state})

@@ -179,7 +179,7 @@ class GraphBackend:
         )
         backend = cls(bundle, graph, opened, info)
         try:
-            prove_backend(backend, bundle)
+            prove_backend(backend, bundle, float(np.ldexp(1.0, graph.point.exponent)))
         except InputError:
             backend.close()
             raise

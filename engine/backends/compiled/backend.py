@@ -13,6 +13,7 @@ import numba
 import numpy as np
 
 from engine.backends.compiled.isa import choose_isa
+from engine.backends.compiled.native_call import NativeModel
 from engine.backends.compiled.native_step import native_step
 from engine.backends.compiled.planning import Planner, aligned_bytes
 from engine.backends.graph_backend import MAX_STREAMS, GraphBackend
@@ -34,6 +35,7 @@ class CompiledGraph:
 
     Attributes
     ----------
+    native : NativeStep
     run : callable
         One step between addresses: input, output, arena, state. Gives the value check's mask.
     arena : int
@@ -47,7 +49,8 @@ class CompiledGraph:
         planner = Planner(graph, isa, from_codes=from_codes)
         self.isa = isa.name
         self.library = f"numba {numba.__version__}"
-        self.run = native_step(planner.plan)
+        self.native = native_step(planner.plan)
+        self.run = self.native.run
         self._block = planner.arena
         self.arena = int(planner.arena.ctypes.data)
         self._fresh = planner.state
@@ -66,6 +69,12 @@ class CompiledGraph:
             self._states[stream] = block
             self.states[stream] = int(block.ctypes.data)
         return self.states[stream]
+
+    def model(self, n_streams: int) -> NativeModel:
+        """What a kernel calls for streams 0 to ``n_streams`` - 1."""
+        states = np.array([self.begin(stream) for stream in range(n_streams)], dtype=np.int64)
+        fresh = int(self._fresh.ctypes.data)
+        return NativeModel(self.native.address, self.arena, fresh, len(self._fresh), states)
 
     def step(self, stream: int, codes: np.ndarray, out: np.ndarray) -> int:
         """One inference; see `engine.backends.graph_backend.GraphDevice.step`."""
@@ -121,6 +130,10 @@ class CompiledBackend(GraphBackend):
         if not state:
             state = self._native.begin(stream)
         return self._run(self._x_at, self._out_at, self._arena, state)
+
+    def native_model(self, n_streams: int) -> NativeModel:
+        """The model as `engine.answering.serve` calls it; good until this backend is closed."""
+        return self._native.model(n_streams)
 
     def _bind(self, x: np.ndarray, out: np.ndarray) -> None:
         """Read from ``x`` and write to ``out`` from now on; both are kept alive."""

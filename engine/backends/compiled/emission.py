@@ -17,7 +17,6 @@ from typing import Any, Final
 import llvmlite.ir as ir
 from numba.core import cgutils
 
-from engine.backends.compiled.isa import cpu_features
 from engine.backends.compiled.plan import (
     MAX_BLOCKS,
     AccumulatorsStep,
@@ -39,6 +38,7 @@ from engine.backends.compiled.plan import (
 )
 from engine.backends.integer_graph import CODE_MAX, PRE_CLIP
 from engine.trust import CHECK_INPUT
+from feeds.cpu import cpu_features
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()

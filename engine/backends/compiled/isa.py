@@ -19,6 +19,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Final
 
+from feeds.cpu import cpu_features
 from feeds.errors import InputError
 
 DEVICE: Final = "cpu"
@@ -51,14 +52,6 @@ ISAS: Final = (
     Isa("avx2", 8, 2, (("avx2",),)),
     Isa("plain", 8, 1, ((),)),
 )
-
-
-def cpu_features() -> frozenset[str]:
-    """What Numba compiles for: this CPU's features, or those it was told to assume."""
-    from numba.core.registry import cpu_target
-
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 def available_isas() -> tuple[Isa, ...]:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from numba import types
 from numba.extending import intrinsic
@@ -26,7 +26,7 @@ PREFIX: Final = "octick_step_"
 FOLDER: Final = "steps"
 _SOURCE: Final = '''"""One step of a compiled graph, as native_step.py wrote it."""
 
-from numba import njit
+from numba import cfunc, njit
 
 from engine.backends.compiled.native_step import step_intrinsic
 
@@ -36,10 +36,28 @@ _run = step_intrinsic("{key}")
 @njit("int64(int64, int64, int64, int64)", cache={cache})
 def step(x, out, arena, state):
     return _run(x, out, arena, state)
+
+
+@cfunc("int64(int64, int64, int64, int64)", cache={cache})
+def called(x, out, arena, state):
+    return step(x, out, arena, state)
 '''
 
-NativeStep = Callable[[int, int, int, int], int]
-"""Addresses of input, output, arena and state; gives the value check's mask."""
+
+class NativeStep(NamedTuple):
+    """One plan's code.
+
+    Attributes
+    ----------
+    run : callable
+        Takes addresses of input, output, arena and state; gives the value check's mask.
+    address : int
+        Of the same as a C function.
+    """
+
+    run: Callable[[int, int, int, int], int]
+    address: int
+
 
 _PLANS: Final[dict[str, Plan]] = {}
 _STEPS: Final[dict[str, NativeStep]] = {}
@@ -81,14 +99,14 @@ def _load(key: str) -> NativeStep:
     if path is None:
         scope: dict[str, Any] = {"__name__": name}
         exec(_SOURCE.format(key=key, cache=False), scope)
-        return scope["step"]  # type: ignore[no-any-return]
+        return NativeStep(scope["step"], scope["called"].address)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where Numba looks for the function that a cached code is of
     spec.loader.exec_module(module)
-    return module.step  # type: ignore[no-any-return]
+    return NativeStep(module.step, module.called.address)
 
 
 def _source_file(key: str) -> Path | None:

@@ -1,0 +1,72 @@
+# Hot path: what a kernel calls a compiled step through.
+"""Calling a compiled step from another kernel, by its address.
+
+The kernels around a model are compiled once and kept; which step they call is known only when a
+bundle is opened.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+# Columns of `native`, int64: a model as a kernel runs it.
+STEP: Final = 0  # address of the step
+X: Final = 1  # of its input, float32
+OUT: Final = 2  # of its scores, float32
+ARENA: Final = 3
+FRESH: Final = 4  # of the state of a fresh stream
+STATE_BYTES: Final = 5
+NATIVE_FIELDS: Final = 6
+
+
+class NativeModel(NamedTuple):
+    """A compiled model, ready to be called by a kernel.
+
+    Attributes
+    ----------
+    step, arena, fresh : int
+        Addresses: of the code, of weights and values, of the state of a fresh stream.
+    state_bytes : int
+    states : ndarray of int64, shape (streams,)
+        Address of each stream's state.
+    """
+
+    step: int
+    arena: int
+    fresh: int
+    state_bytes: int
+    states: np.ndarray
+
+
+@intrinsic
+def run_step(typingctx, step, x, out, arena, state):  # type: ignore[no-untyped-def]
+    """One step of the code at an address; returns the mask of the value check."""
+    signature = types.int64(*[types.int64] * 5)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number = ir.IntType(64)
+        kind = ir.FunctionType(number, [number] * 4)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+
+    return signature, codegen
+
+
+@intrinsic
+def copy_bytes(typingctx, target, source, n_bytes):  # type: ignore[no-untyped-def]
+    """So many bytes from one address to another."""
+    signature = types.int64(types.int64, types.int64, types.int64)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        from numba.core import cgutils
+
+        pointer = ir.IntType(8).as_pointer()
+        to, of = (builder.inttoptr(address, pointer) for address in args[:2])
+        cgutils.raw_memcpy(builder, to, of, args[2], 1)
+        return args[2]
+
+    return signature, codegen
