@@ -1,0 +1,1 @@
+"""The `fpga` backend: generated circuits, simulated or on a card."""
