@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import onnx
 
 INPUT_STEPS: Final = 126  # of the input check's own scale, either way
+INPUT_ZERO_POINT: Final = 127
+LOW_FLAG: Final = (-1.0, 1)  # scale and zero point that leave the code 0 above 0, and no other
+HIGH_FLAG: Final = (1.0, CODE_MAX - 1)  # the code 255
+INPUT_FLAG: Final = (1.0, CODE_MAX - 2)  # the codes 254 and 255: beyond `INPUT_STEPS`
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,16 @@ class Counted:
     group: int
     low: bool
     high: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Flags of one tensor of codes, counted in one column; ``own`` where only the check has it."""
+
+    codes: str
+    column: int
+    flag: tuple[float, int]
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -101,34 +115,32 @@ class _Reader:
         counts = self._maker(meant.input[1], "MatMulInteger")
         weights = self._constant(counts.input[1]).astype(np.int64)
         whole = self._maker(self._maker(counts.input[0], "QuantizeLinear").input[0], "Concat")
-        parts = [self._part(name) for name in whole.input]
-        units = self._constant(parts[-1][0]).astype(np.int64).reshape(-1)
-        offsets = units @ weights[len(weights) - len(units) :]
-        found: dict[int, tuple[int, dict[str, tuple[bool, bool]]]] = {}
-        begin, limit = 0, math.inf
-        for codes, size, low, high in parts[:-1]:
-            columns = np.flatnonzero(weights[begin])
-            rows = weights[begin : begin + size]
-            if len(columns) != 1 or not (rows[:, columns[0]] == 1).all() or rows.sum() != size:
-                self._refuse(codes, "codes that are counted once")
+        *named, last = whole.input
+        units = self._constant(self._maker(last, "DequantizeLinear").input[0]).astype(np.int64)
+        offsets = units.reshape(-1) @ weights[len(weights) - units.size :]
+        parts, begin = [], 0
+        for name in named:
+            part, size = self._part(name, weights[begin:])
+            parts.append(part)
             begin += size
-            if codes.startswith(CHECK_PREFIX):
-                limit = self._input_limit(codes)
+        if begin + units.size != len(weights):
+            self._refuse(counts.name, f"{begin + units.size} rows of weights")
+        ends = sorted([*offsets.tolist(), len(table)])
+        meanings = [table[at : ends[ends.index(at) + 1]] for at in offsets.tolist()]
+        limit = self._input_limit([part for part in parts if part.own], meanings)
+        groups: dict[int, CheckGroup] = {}
+        counted: dict[str, Counted] = {}
+        for part in parts:
+            if part.own:
                 continue
-            column = int(columns[0])
-            tensors = found.setdefault(column, (int(offsets[column]), {}))[1]
-            before = tensors.get(codes, (False, False))
-            tensors[codes] = (before[0] or low, before[1] or high)
-        if begin + len(units) != len(weights):
-            self._refuse(counts.name, f"{begin + len(units)} rows of weights")
-        ends = sorted([int(offset) for offset in offsets] + [len(table)])
-        groups, counted = [], {}
-        for offset, tensors in found.values():
-            meanings = table[offset : ends[ends.index(offset) + 1]]
-            groups.append(self._group(meanings))
-            for codes, (low, high) in tensors.items():
-                counted[codes] = Counted(len(groups) - 1, low, high)
-        return ValueCheck(tuple(groups), counted, limit)
+            groups.setdefault(part.column, self._group(meanings[part.column]))
+            group = list(groups).index(part.column)
+            low, high = part.flag == LOW_FLAG, part.flag == HIGH_FLAG
+            before = counted.get(part.codes, Counted(group, False, False))
+            if low == high or before.group != group or low & before.low or high & before.high:
+                self._refuse(part.codes, "flags of the codes 0 and 255, each counted once")
+            counted[part.codes] = Counted(group, before.low or low, before.high or high)
+        return ValueCheck(tuple(groups.values()), counted, limit)
 
     def _group(self, meanings: np.ndarray) -> CheckGroup:
         """A table that is 0 up to its limit and one mask behind it."""
@@ -139,28 +151,39 @@ class _Reader:
             self._refuse(CHECK_PREFIX + "table", "0 up to a limit, and one mask behind it")
         return CheckGroup(mask, limit)
 
-    def _part(self, name: str) -> tuple[str, int, bool, bool]:
-        """Codes, their number, and whether the lowest and the highest are flagged."""
+    def _part(self, name: str, weights: np.ndarray) -> tuple[_Part, int]:
+        """What the next rows of weights count, and how many they are."""
         real = self._maker(name, "DequantizeLinear")
+        scale, zero = (self._constant(item).item() for item in real.input[1:])
         codes = real.input[0]
         maker = self._makers.get(codes)
         if maker is not None and maker.op_type == "Reshape" and codes.startswith(CHECK_PREFIX):
             codes = maker.input[0]
-        constant = self._constants.get(codes)
-        if constant is not None:
-            return codes, constant.size, False, False
-        scale, zero = (self._constant(item).item() for item in real.input[1:])
-        size = self._sizes.get(codes)
+        own = codes not in self._sizes
+        size = self._sizes.get(self._maker(codes, "QuantizeLinear").input[0] if own else codes)
         if size is None:
-            given = self._maker(codes, "QuantizeLinear").input[0]
-            size = self._sizes[given]
-        elif (scale, zero) not in ((1.0, CODE_MAX - 1), (-1.0, 1)):
-            self._refuse(codes, "flags of the codes 0 and 255")
-        return codes, size, scale < 0.0, scale > 0.0
+            self._refuse(codes, "codes of a tensor of the model")
+        rows = weights[:size]
+        columns = np.flatnonzero(rows.any(axis=0))
+        if len(columns) != 1 or not (rows[:, columns[0]] == 1).all():
+            self._refuse(codes, "codes that are counted once")
+        return _Part(codes, int(columns[0]), (scale, zero), own), size
 
-    def _input_limit(self, codes: str) -> float:
+    def _input_limit(self, parts: list[_Part], meanings: list[np.ndarray]) -> float:
         """Greatest float32 that the input check's scale puts within `INPUT_STEPS`."""
-        step = np.float32(self._constant(self._maker(codes, "QuantizeLinear").input[1]).item())
+        if not parts:
+            return math.inf
+        codes, column = parts[0].codes, parts[0].column
+        group = self._group(meanings[column])
+        found = sorted((part.codes, part.column, part.flag) for part in parts)
+        if found != [(codes, column, LOW_FLAG), (codes, column, INPUT_FLAG)]:
+            self._refuse(codes, "flags of the input's codes 0, 254 and 255")
+        if (group.mask, group.limit) != (CHECK_INPUT, 0):
+            self._refuse(codes, f"{CHECK_INPUT} where one is flagged")
+        quantise = self._maker(codes, "QuantizeLinear")
+        if self._constant(quantise.input[2]).item() != INPUT_ZERO_POINT:
+            self._refuse(codes, f"zero point {INPUT_ZERO_POINT}")
+        step = np.float32(self._constant(quantise.input[1]).item())
         limit = np.float32(step * np.float32(INPUT_STEPS + 0.5))
         up, down = np.float32(np.inf), np.float32(0.0)
         while np.rint(limit / step) <= INPUT_STEPS:

@@ -129,7 +129,9 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Delay:
-    """A value as it was ``lags`` steps ago: ``state`` keeps its last ``max(lags)`` steps.
+    """A value as it was ``lags`` steps ago: ``state`` keeps at least its last ``max(lags)`` steps.
+
+    Several delays of one value may keep the same state.
 
     Attributes
     ----------

@@ -7,18 +7,20 @@ whatever order the file gives factors, terms and gates in; canonical orders are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from engine.backends.integer_graph import Dense, GruCell, LstmCell, Point
-from engine.backends.lowering import Lowering, Real, Term, bounded
+from engine.backends.lowering import Lowering, Real
+from engine.backends.lowering_products import Term, bounded, read_terms, sum_terms
 from engine.backends.qdq_graph import Node
 from engine.manifest import StateTensor
 
 
-def match_cells(graph: Lowering) -> dict[str, Callable[[], None]]:
-    """What emits each cell, by its last node's name; all its other nodes are taken."""
-    cells: dict[str, Callable[[], None]] = {}
+def match_cells(graph: Lowering) -> dict[tuple[str, ...], Callable[[], None]]:
+    """What emits each cell, by its last node's outputs; all its other nodes are taken."""
+    cells: dict[tuple[str, ...], Callable[[], None]] = {}
     for tensor in graph.state:
         users = graph.users.get(tensor.input, [])
         if tensor.dtype == "uint8" and any(node.op == "DequantizeLinear" for node in users):
@@ -27,14 +29,51 @@ def match_cells(graph: Lowering) -> dict[str, Callable[[], None]]:
             last, emit = _gru(graph, tensor)
         else:
             continue
-        cells[last.name] = emit
+        cells[last.outputs] = emit
     return cells
 
 
 def _maker(graph: Lowering, name: str) -> Node:
     node = graph.makers.get(name)
-    assert node is not None, f"no node makes {name}"
+    if node is None:
+        graph.refuse_tensor(name, "a cell that is not known", "a node that makes it")
     return node
+
+
+def _gate_first(graph: Lowering, sides: Sequence[Real], by: Node) -> tuple[Real, Real]:
+    """The factor that is a part of a Split, then the other."""
+    for one, other in (sides, sides[::-1]):
+        if _maker(graph, one.codes).op == "Split":
+            return one, other
+    by.refuse("a cell that is not known", expected="a gate, split off its table")
+
+
+def _products(graph: Lowering, total: Node, past: str) -> tuple[Node, str, Node]:
+    """Of both products of a sum: the one with the past in it, what that is a factor of; the other.
+
+    Those of a node that has the past in both, or twice in one, are not told apart.
+    """
+    factors = [graph.made(side, "Mul", total) for side in total.inputs]
+    kept, added = sorted(factors, key=lambda node: past not in node.inputs)
+    if kept.inputs.count(past) != 1 or past in added.inputs:
+        kept.refuse("a cell that is not known", expected=f"{past} in one of its products")
+    return kept, next(side for side in kept.inputs if side != past), added
+
+
+def _check_units(graph: Lowering, tensors: Sequence[str], units: int) -> None:
+    """Whether each of these is one row of ``units``: nothing broadcasts, nothing has two rows."""
+    for name in tensors:
+        if graph.shapes[name] != (1, units):
+            graph.refuse_tensor(name, "a part of a cell of another shape", f"(1, {units})")
+
+
+def _check_state(graph: Lowering, state: StateTensor, low: int, high: int, unit: int) -> None:
+    """Whether a state in whole numbers is one: its first value, and what it is rounded from."""
+    if not float(state.initial).is_integer() or not low <= state.initial <= high:
+        expected = f"a whole number from {low} to {high}"
+        graph.refuse_tensor(state.output, f"a state that begins with {state.initial}", expected)
+    if unit > 0:
+        graph.refuse_tensor(state.output, "a state coarser than its unit", "steps of 1 or finer")
 
 
 def _either(graph: Lowering, node: Node, op: str) -> tuple[str, str]:
@@ -53,15 +92,24 @@ def _part(graph: Lowering, real: Real, by: Node) -> tuple[Node, int]:
     return split, split.outputs.index(real.codes)
 
 
+def _own(graph: Lowering, point: Point) -> Point:
+    """A point inside a cell, under a name that no value has."""
+    return replace(point, name=graph.unique(point.name))
+
+
 def _reorder(graph: Lowering, split: Node, order: Sequence[int], units: int) -> np.ndarray:
     """Outputs of a product so that its gates stand in this order."""
     if sorted(order) != list(range(len(split.outputs))):
         split.refuse("a cell that is not known", expected="each gate once")
+    _check_units(graph, split.outputs, units)
+    _check_units(graph, split.inputs[:1], units * len(order))
     return np.concatenate([np.arange(units) + at * units for at in order])
 
 
 def _wide_sum(graph: Lowering, clip: Node) -> tuple[Node, int, int]:
     """The Add behind Clip and Round, and the limits."""
+    if len(clip.inputs) != 3:
+        clip.refuse("a state without limits", expected="a Clip between two constants")
     low, high = (graph.whole_number(name, clip) for name in clip.inputs[1:])
     rounded = graph.made(clip.inputs[0], "Round", clip)
     return graph.made(rounded.inputs[0], "Add", rounded), low, high
@@ -118,7 +166,7 @@ def _lstm(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None
     out = graph.point(quantise)
     product = graph.made(quantise.inputs[0], "Mul", quantise)
     sides = [graph.real(side, product) for side in product.inputs]
-    gate_o, shown = sorted(sides, key=lambda side: _maker(graph, side.codes).op != "Split")
+    gate_o, shown = _gate_first(graph, sides, product)
     split, at_o = _part(graph, gate_o, product)
     cell_tanh, cell_codes = graph.look_up(shown.codes, product)
     cell_quantise = graph.made(cell_codes, "QuantizeLinear", product)
@@ -128,11 +176,10 @@ def _lstm(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None
     if cell is None:
         clip.refuse("a cell that is not known", expected="its state behind this node")
     total, low, high = _wide_sum(graph, clip)
-    factors = [graph.made(side, "Mul", total) for side in total.inputs]
-    kept, added = sorted(factors, key=lambda node: cell.input not in node.inputs)
-    gate_f = graph.real(next(side for side in kept.inputs if side != cell.input), kept)
+    kept, factor, added = _products(graph, total, cell.input)
+    gate_f = graph.real(factor, kept)
     sides = [graph.real(side, added) for side in added.inputs]
-    gate_i, new = sorted(sides, key=lambda side: _maker(graph, side.codes).op != "Split")
+    gate_i, new = _gate_first(graph, sides, added)
     positions = [_part(graph, gate, kept) for gate in (gate_i, gate_f)]
     if any(node is not split for node, _ in positions):
         split.refuse("gates that do not come from one table", expected="one Split")
@@ -143,25 +190,29 @@ def _lstm(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None
     gates_in, candidate_in = graph.point(gate_quantise), graph.point(new_quantise)
     units = hidden.shape[-1]
     order = _reorder(graph, split, [positions[0][1], positions[1][1], at_o], units)
-    gates = [term.outputs(order) for term in graph.terms(gate_quantise.inputs[0], gate_quantise)]
-    fresh = graph.terms(new_quantise.inputs[0], new_quantise)
+    _check_units(graph, (hidden.input, cell.input, new.codes, shown.codes), units)
+    terms = read_terms(graph, gate_quantise.inputs[0], gate_quantise)
+    gates = [term.outputs(order) for term in terms]
+    fresh = read_terms(graph, new_quantise.inputs[0], new_quantise)
     terms = _input_first(_stacked(gates, fresh, split), hidden.input, split)
     up_kept, up_added, unit = _aligned(gate_f.exponent, gate_i.exponent + new.exponent)
+    _check_state(graph, cell, low, high, unit)
     points = [gates_in] * 3 + [candidate_in]
     scales = np.repeat([point.exponent for point in points], units)
 
     def emit() -> None:
         graph.name_value(hidden.input, hidden.input, units)
-        sums = graph.dense(f"{name}.sums", 1, terms, None)
+        sums = sum_terms(graph, f"{name}.sums", 1, terms, None)
+        graph.forget_value(hidden.input)
         shift = bounded(scales - sums.exponent)
         layer = LstmCell(
             name=name,
             sums=Dense(sums.name, 1, sums.products, sums.exponent, None, shift),
             hidden=hidden,
             cell=cell,
-            gates_in=gates_in,
-            candidate_in=candidate_in,
-            shown_in=shown_in,
+            gates_in=_own(graph, gates_in),
+            candidate_in=_own(graph, candidate_in),
+            shown_in=_own(graph, shown_in),
             out=out,
             sigmoid=sigmoid,
             tanh=tanh,
@@ -177,7 +228,7 @@ def _lstm(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None
             low=low,
             high=high,
         )
-        graph.emit(layer, hidden.output, out)
+        graph.emit(layer, hidden.output)
 
     return quantise, emit
 
@@ -194,11 +245,10 @@ def _gru(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None]
     if before != (out.exponent, out.zero_point):
         past.refuse("a state that is quantised in two ways", expected=f"as in {quantise.name!r}")
     name = out.name.removesuffix(".out")
-    graph.done.add(clip.name)
+    graph.take(clip)
     total, low, high = _wide_sum(graph, clip)
-    factors = [graph.made(side, "Mul", total) for side in total.inputs]
-    kept, added = sorted(factors, key=lambda node: hidden.input not in node.inputs)
-    gate_z = graph.real(next(side for side in kept.inputs if side != hidden.input), kept)
+    kept, factor, added = _products(graph, total, hidden.input)
+    gate_z = graph.real(factor, kept)
     opened, fresh = _either(graph, added, "Sub")
     rest = graph.made(opened, "Sub", added)
     gate_again = graph.real(rest.inputs[1], rest)
@@ -212,7 +262,7 @@ def _gru(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None]
     reset = graph.made(reset_name, "Mul", inner)
     given = graph.real(given_name, inner)
     sides = [graph.real(side, reset) for side in reset.inputs]
-    gate_r, own = sorted(sides, key=lambda side: _maker(graph, side.codes).op != "Split")
+    gate_r, own = _gate_first(graph, sides, reset)
     (split, at_r), (again, at_z) = (_part(graph, gate, kept) for gate in (gate_r, gate_z))
     if again is not split or gate_again.codes != gate_z.codes:
         split.refuse("gates that do not come from one table", expected="one Split")
@@ -223,30 +273,41 @@ def _gru(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None]
     gates_in, x_in, h_in = (graph.point(n) for n in (gate_quantise, x_quantise, h_quantise))
     units = hidden.shape[-1]
     order = _reorder(graph, split, [at_r, at_z], units)
-    gates = [term.outputs(order) for term in graph.terms(gate_quantise.inputs[0], gate_quantise)]
-    gates = _input_first(gates, codes, split)
-    new_x = graph.terms(x_quantise.inputs[0], x_quantise)
-    new_h = graph.terms(h_quantise.inputs[0], h_quantise)
-    if [term.codes for term in new_h] != [codes] or len(new_x) != 1:
-        h_quantise.refuse("a cell that is not known", expected="one product of its state")
+    _check_units(graph, (hidden.input, own.codes, given.codes, new.codes), units)
+    terms = read_terms(graph, gate_quantise.inputs[0], gate_quantise)
+    gates = _input_first([term.outputs(order) for term in terms], codes, split)
+    new_x = read_terms(graph, x_quantise.inputs[0], x_quantise)
+    new_h = read_terms(graph, h_quantise.inputs[0], h_quantise)
+    sources = [[term.codes for term in terms] for terms in (new_x, new_h)]
+    if sources != [[term.codes] for term in gates]:
+        h_quantise.refuse(
+            "gates that do not all see the same values", expected="products of [x, h]"
+        )
     one_in_gates = np.ldexp(float(one.m.flat[0]), int(one.e.flat[0]) - gate_again.exponent)
     if not one_in_gates.is_integer() or abs(one_in_gates) > 1 << 20:
         rest.refuse("a 1 that is no whole number of the gates' steps", found=one_in_gates)
     up_given, up_reset, inner_unit = _aligned(given.exponent, gate_r.exponent + own.exponent)
     up_added, up_kept, unit = _aligned(gate_again.exponent + new.exponent, gate_z.exponent)
+    _check_state(graph, hidden, low, high, unit)
 
-    def dense(name: str, terms: list[Term], point: Point) -> Dense:
-        return graph.dense(name, 1, terms, point)
+    def dense(part: str, terms: list[Term], point: Point) -> Dense:
+        return sum_terms(graph, f"{name}.{part}", 1, terms, _own(graph, point))
 
     def emit() -> None:
         graph.name_value(codes, hidden.input, units)
+        products = [
+            dense("gates", gates, gates_in),
+            dense("new_x", new_x, x_in),
+            dense("new_h", new_h, h_in),
+        ]
+        graph.forget_value(codes)
         layer = GruCell(
             name=name,
-            gates=dense(f"{name}.gates", gates, gates_in),
-            new_x=dense(f"{name}.new_x", new_x, x_in),
-            new_h=dense(f"{name}.new_h", new_h, h_in),
+            gates=products[0],
+            new_x=products[1],
+            new_h=products[2],
             hidden=hidden,
-            candidate_in=candidate_in,
+            candidate_in=_own(graph, candidate_in),
             out=out,
             sigmoid=sigmoid,
             tanh=tanh,
@@ -263,6 +324,6 @@ def _gru(graph: Lowering, hidden: StateTensor) -> tuple[Node, Callable[[], None]
             low=low,
             high=high,
         )
-        graph.emit(layer, quantise.outputs[0], out)
+        graph.emit(layer, quantise.outputs[0])
 
     return quantise, emit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ import onnx
 
 from engine import features
 from engine.backends.integer_reference import IntegerReference
+from engine.backends.small_graphs import convolution, gru_graph, lstm_graph, two_cells
 from engine.manifest import (
     FORMAT_VERSION,
     FP32_NAME,
@@ -28,6 +30,14 @@ from engine.manifest import (
 from tests.engine.integer_graphs import CLIP, GraphBuilder, delays_and_cells, dense
 
 CLASSES = ("down", "flat", "up")
+GRAPHS: dict[str, Callable[[np.random.Generator, int, int], GraphBuilder]] = {
+    "dense": dense,
+    "convolution": convolution,
+    "lstm": lstm_graph,
+    "gru": gru_graph,
+    "two cells": two_cells,
+    "delays and cells": delays_and_cells,  # has no integer graph
+}
 
 
 def float_twin(
@@ -54,8 +64,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def checked(data: bytes, precision: str) -> tuple[bytes, tuple[str, ...]]:
-    """A graph with its value check, to which one saturated code is too many; its layers."""
+def checked(data: bytes, precision: str, limit: int = 0) -> tuple[bytes, tuple[str, ...]]:
+    """A graph with its value check, to which more saturated codes are too many; its layers."""
     from models.value_checks import LimitedLayer, quantised_layers, with_checks
 
     model = onnx.load_model_from_string(data)
@@ -67,7 +77,7 @@ def checked(data: bytes, precision: str) -> tuple[bytes, tuple[str, ...]]:
     layers = []
     if precision == "int8":
         for layer in quantised_layers(model):
-            layers.append(LimitedLayer(layer, shapes[layer.codes], 0))
+            layers.append(LimitedLayer(layer, shapes[layer.codes], limit))
     found = with_checks(model, CLIP, layers, quantised=precision == "int8")
     return found.SerializeToString(), tuple(item.layer.name for item in layers)
 
@@ -125,6 +135,7 @@ def write_models(
 def make_bundle(
     folder: Path,
     *,
+    graph: str = "",
     stateful: bool = False,
     seed: int = 0,
     n_classes: int = len(CLASSES),
@@ -132,9 +143,13 @@ def make_bundle(
     checks: bool = False,
     **schemas: str,
 ) -> tuple[IntegerReference, Manifest]:
-    """Write a bundle; returns the reference of its INT8 model, and its manifest."""
+    """Write a bundle; returns the reference of its INT8 model, and its manifest.
+
+    ``graph`` is one of `GRAPHS`; without it, ``stateful`` chooses between two of them.
+    """
     rng = np.random.default_rng(seed)
-    int8 = (delays_and_cells if stateful else dense)(rng, n_features, n_classes)
-    fp32 = float_twin(rng, n_features, n_classes, stateful)
+    name = graph or ("delays and cells" if stateful else "dense")
+    int8 = GRAPHS[name](rng, n_features, n_classes)
+    fp32 = float_twin(rng, n_features, n_classes, bool(int8.state))
     manifest = write_models(folder, int8, fp32, checks=checks, **schemas)
     return IntegerReference(folder / INT8_NAME, manifest.state.int8), manifest

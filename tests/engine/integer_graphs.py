@@ -7,124 +7,29 @@ Each has the input ``x`` float32 (1, `FEATURES`), in [-4, 4], and the output ``l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from engine.backends import small_graphs
 from engine.backends.onnx import session_options
+from engine.backends.small_graphs import CLASSES, CLIP, FEATURES
 from engine.manifest import StateTensor
 
-FEATURES = 24
-CLASSES = 3
-CLIP = 4.0
-X_EXPONENT = -5
-X_ZERO = 128
-TYPES = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
+X_EXPONENT, X_ZERO = small_graphs.X_AT
 
 
-class GraphBuilder:
-    """Nodes and constants in the order in which they are asked for."""
-
-    def __init__(self, n_features: int = FEATURES, n_classes: int = CLASSES) -> None:
-        self.n_classes = n_classes
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self.inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, n_features])]
-        self.outputs: list[onnx.ValueInfoProto] = []
-        self.state: list[StateTensor] = []
-
-    def constant(self, values: Any, dtype: Any = np.float32) -> str:
-        """An initialiser of its own."""
-        name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(values, dtype=dtype), name))
-        return name
-
-    def node(self, op: str, inputs: list[str], name: str = "", out: str = "", **kw: Any) -> str:
-        """A node of one output, which it returns; where one name is given, both have it."""
-        out = out or name or f"{op.lower()}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [out], name=name or out, **kw))
-        return out
-
-    def split(self, x: str, sizes: list[int], axis: int = 1) -> list[str]:
-        """Parts of a tensor."""
-        names = [f"part{len(self.nodes)}.{i}" for i in range(len(sizes))]
-        node = helper.make_node(
-            "Split", [x, self.constant(sizes, np.int64)], names, name=f"{names[0]}.split", axis=axis
-        )
-        self.nodes.append(node)
-        return names
-
-    def remember(self, name: str, dtype: str, shape: tuple[int, ...], initial: float) -> str:
-        """A state input; the output of the same name with ``.next`` must be made."""
-        ends = (f"{name}.last", f"{name}.next")
-        for end, where in zip(ends, (self.inputs, self.outputs), strict=True):
-            where.append(helper.make_tensor_value_info(end, TYPES[dtype], shape))
-        self.state.append(StateTensor(*ends, dtype, shape, initial))  # type: ignore[arg-type]
-        return ends[0]
-
-    def quantise(self, x: str, exponent: int, zero: int, name: str = "", out: str = "") -> str:
-        """QuantizeLinear."""
-        scale = self.constant(np.ldexp(1.0, exponent))
-        return self.node("QuantizeLinear", [x, scale, self.constant(zero, np.uint8)], name, out)
-
-    def dequantise(self, q: str, exponent: int, zero: int, name: str = "") -> str:
-        """DequantizeLinear."""
-        scale = self.constant(np.ldexp(1.0, exponent))
-        return self.node("DequantizeLinear", [q, scale, self.constant(zero, np.uint8)], name)
-
-    def weights(self, values: np.ndarray, exponent: np.ndarray, dtype: Any, name: str) -> str:
-        """DequantizeLinear of constants, one scale a channel."""
-        inputs = [
-            self.constant(values, dtype),
-            self.constant(np.ldexp(1.0, exponent)),
-            self.constant(np.zeros(len(exponent)), dtype),
-        ]
-        return self.node("DequantizeLinear", inputs, name, axis=0)
-
-    def dense(
-        self,
-        rng: np.random.Generator,
-        q: str,
-        at: tuple[int, int],
-        sizes: tuple[int, int],
-        *,
-        name: str = "dense",
-        out: str = "",
-        bias: bool = True,
-        unit: int | None = None,
-    ) -> str:
-        """Gemm of uint8 activations at (exponent, zero point); (in, out) sizes; float32 sums."""
-        k, m = sizes
-        exponent = rng.integers(-9, -5, m) if unit is None else np.full(m, unit)
-        weight = rng.integers(-127, 128, (m, k))
-        inputs = [
-            self.dequantise(q, *at, name=f"{name}.in"),
-            self.weights(weight, exponent, np.int8, f"{name}.weight"),
-        ]
-        if bias:
-            values = rng.integers(-(1 << 12), 1 << 12, m)
-            inputs.append(self.weights(values, exponent + at[0], np.int32, f"{name}.bias"))
-        return self.node("Gemm", inputs, name, out, transB=1)
-
-    def model(self, metadata: dict[str, str] | None = None) -> bytes:
-        """The checked model's bytes, with its scores and its state as outputs."""
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, self.n_classes])
-        graph = helper.make_graph(
-            self.nodes, "test", self.inputs, [logits, *self.outputs], self.constants
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
-        helper.set_model_props(model, metadata or {})
-        onnx.checker.check_model(model, full_check=True)
-        return bytes(model.SerializeToString(deterministic=True))
+class GraphBuilder(small_graphs.GraphBuilder):
+    """One whose graph may also end in anything."""
 
     def with_output(self, name: str) -> bytes:
         """The checked model's bytes, with this one output of whatever type and shape it has."""
         info = helper.make_empty_tensor_value_info(name)
-        graph = helper.make_graph(self.nodes, "test", self.inputs, [info], self.constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+        graph = helper.make_graph(self.nodes, "small", self.inputs, [info], self.constants)
+        opset = helper.make_opsetid("", small_graphs.OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=small_graphs.IR_VERSION)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString())
