@@ -225,11 +225,11 @@ class Daemon:
         pipeline = self.pipeline
         start = at
         while at < end:
-            at = pipeline.advance(arena, at, end)
-            if not pipeline.fired:
-                break
             before = pipeline.ticket
-            message = pipeline.answer(self.now_ns)
+            at = pipeline.serve(arena, at, end, self.now_ns, self._offset_ns)
+            message = pipeline.served
+            if not message:
+                continue
             slot = pipeline.slot
             self.publisher.publish(self._topics[slot], message)
             sent_ns = self.now_ns()

@@ -24,6 +24,7 @@ from engine.backends.interface import Backend
 from engine.book import FLOW_FIELDS, new_books, side_levels
 from engine.bundle import Bundle
 from engine.config import Config, config_hash
+from engine.handles import new_handles, set_handle
 from engine.hashes import code_hash
 from engine.model_input import RUN, SEEN_ROWS, new_norm, set_norm
 from engine.recent import remember
@@ -218,19 +219,20 @@ class Pipeline:
             self._norm,
         )
         self._input: Final = (self.seen, self.x, self._x_bytes)
-        self._answer: Final = (
-            table,
-            self._outputs,
-            self.guards,
-            self.scores,
-            self._limits_i,
-            self._limits_f,
-        )
         self._native: Final = np.zeros(NATIVE_FIELDS, dtype=np.int64)
         self._native_of: NativeModel | None = None
         self._round: Final = np.zeros(answering.ROUND_FIELDS, dtype=np.int64)
+        self._round[answering.BUDGET_NS] = self._budget_ns
+        self._told: Final = self._round.data  # a number of it is read three times as fast
         self._out: Final = np.zeros(max(SERVED_BYTES, self.signal_bytes), dtype=np.uint8)
         self._out_view: Final = self._out.data
+        recent = self.trust.recent
+        self._served_by: Final = (
+            *(*self._state, *self._input, table, self._outputs, self.guards, self.scores),
+            *(self._limits_i, self._limits_f, recent.about, recent.vectors, recent.outputs),
+            *(self._native, np.zeros(0, dtype=np.int64), self._round, self._out),
+        )
+        self._handles: Final = new_handles(self._served_by)
         self.served: memoryview = _NOTHING
 
     def advance(self, buf: np.ndarray, at: int, stop: int) -> int:
@@ -259,11 +261,24 @@ class Pipeline:
         after: int = kernel.advance(buf, at, stop, *self._state, self._clip, *self._input)
         return after
 
-    def serve(self, buf: np.ndarray, at: int, stop: int) -> int:
+    def serve(
+        self,
+        buf: np.ndarray,
+        at: int,
+        stop: int,
+        clock: Callable[[], int] | None = None,
+        offset_ns: int = 0,
+    ) -> int:
         """Consume whole tape records of ``buf[at:stop]`` and answer what they make due.
 
-        The same as `advance` and `answer` in turn, without a clock; where the model is a compiled
-        one, many signals in one call.
+        The same as `advance` and `answer` in turn; where the model is a compiled one, in one call.
+
+        Parameters
+        ----------
+        clock : callable, optional
+            As `answer` takes it. With one, at most one signal is answered.
+        offset_ns : int
+            From the monotonic clock to what ``clock`` tells.
 
         Returns
         -------
@@ -275,57 +290,51 @@ class Pipeline:
         native = None if serving is None or self.trust.late else serving.native_model()
         if native is None:
             at = self.advance(buf, at, stop)
-            self.served = self.answer() if self.fired else _NOTHING
+            self.served = self.answer(clock) if self.fired else _NOTHING
             return at
-        return self._serve_native(native, buf, at, stop)
-
-    def _serve_native(self, native: NativeModel, buf: np.ndarray, at: int, stop: int) -> int:
-        keeper, told = self.trust, self._round
-        failover, recent = keeper.failover, keeper.recent
-        told[answering.TICKET] = self.ticket
-        halted = failover.mode == trust.MODE_HALTED
-        told[answering.BLOCKED] = trust.REASON_HALTED if halted else 0
-        told[answering.PRECISION] = keeper.precision
-        told[answering.NUMERICS] = keeper.numerics
-        told[answering.SHADOW] = failover.shadow
-        told[answering.MODE] = failover.serving
         if native is not self._native_of:
             self._native_of = native
             addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
             self._native[:] = (native.step, *addresses, *native[1:4])
-        at = answering.serve(
-            buf,
-            at,
-            stop,
-            *self._state,
-            self._clip,
-            *self._input,
-            *self._answer,
-            recent.about,
-            recent.vectors,
-            recent.outputs,
-            self._native,
-            native.states,
-            told,
-            self._out,
-        )
+            set_handle(self._handles, answering.STATES_HANDLE, native.states)
+        keeper, told = self.trust, self._told
+        failover = keeper.failover
+        told[answering.TICKET] = self.ticket
+        told[answering.BLOCKED] = trust.REASON_HALTED if failover.mode == trust.MODE_HALTED else 0
+        told[answering.PRECISION] = keeper.precision
+        told[answering.NUMERICS] = keeper.numerics
+        told[answering.SHADOW] = failover.shadow
+        told[answering.MODE] = failover.serving
+        told[answering.LIVE] = clock is not None
+        told[answering.OFFSET_NS] = offset_ns
+        room = SERVED_BYTES if clock is None else self.signal_bytes
+        at = answering.serve(self._handles, buf, at, stop, self._clip, room)
         self.fired = False
-        n, tradable, judged = told[answering.SIGNALS : answering.JUDGE + 1].tolist()
-        self.served = self._out_view[: n * self.signal_bytes]
-        self.ticket = int(told[answering.TICKET])
-        self.signals += n
-        self.tradable += tradable
-        if tradable < n:
-            counts = told[answering.SUPPRESSED :].tolist()
-            for bit, name in REASONS:
-                self.suppressed[name] += counts[bit.bit_length() - 1]
+        n = told[answering.SIGNALS]
+        if n == 0:
+            self.served = _NOTHING
+        else:
+            self.served = self._out_view[: n * self.signal_bytes]
+            self.ticket = told[answering.TICKET]
+            self.fresh = bool(told[answering.NEW_STREAM])
+            self.late_ns = told[answering.LATE_NS]
+            self.signals += n
+            tradable = told[answering.TRADABLE]
+            self.tradable += tradable
+            if tradable < n:
+                self._count_suppressed()
+        judged = told[answering.JUDGE]
         if judged:
             facts = self._facts
             at_ns, check = int(facts[signals.FACT_RECEIVED]), int(facts[signals.FACT_VALUE_CHECK])
-            keeper.judge(self.slot, self.ticket, at_ns, judged, check, 0)
+            keeper.judge(self.slot, self.ticket, at_ns, judged, check, self.late_ns)
         elif self._shared[kernel.FIRED_SLOT] == kernel.EVENT_DUE and self._follow:
             self._take_event(buf)
         return at
+
+    def _count_suppressed(self) -> None:
+        for bit, name in REASONS:
+            self.suppressed[name] += self._told[answering.SUPPRESSED + bit.bit_length() - 1]
 
     @property
     def slot(self) -> int:

@@ -18,7 +18,7 @@ from engine.backends.compiled.isa import ISAS, Isa, available_isas, choose_isa
 from engine.backends.compiled.native_step import plan_key
 from engine.backends.compiled.planning import Planner, pack_weights
 from engine.backends.graph_reference import GraphReference
-from engine.backends.integer_graph import Dense
+from engine.backends.integer_graph import Dense, IntegerGraph
 from engine.backends.lowering import lower
 from engine.bundle import load_bundle
 from feeds.errors import InputError

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.backends.registry import default_device, open_backend
+from engine.bundle import load_bundle
 from engine.manifest import StateSection
 from feeds.simulator import Simulator
 from models.dataset import Normalisation
@@ -101,6 +103,7 @@ def test_a_live_session_replays_on_another_backend(
     backend: str, processes: Processes, reference_bundle: Path
 ) -> None:
     needs(backend)
+    open_backend(backend, load_bundle(reference_bundle), default_device(backend)).close()  # builds
     market = processes.market("--rate", "300", "--seconds", "4")
     engine = processes.engine(processes.config(reference_bundle), "--backend", backend)
     market.communicate(timeout=READY_S)
