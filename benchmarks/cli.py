@@ -43,8 +43,9 @@ def demo(seconds: float, out: Path, as_json: bool) -> None:
 @click.argument("tape", required=False, type=click.Path(path_type=Path))
 @click.option("--runs", type=click.IntRange(1, 1000), default=5, show_default=True)
 @click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
+@click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def replay(tape: Path | None, runs: int, model: Path | None, as_json: bool) -> None:
+def replay(tape: Path | None, runs: int, model: Path | None, backend: str, as_json: bool) -> None:
     """Book levels, messages and signals a second, on one core.
 
     Without TAPE on the recording in OCTICK_DATA, or on a simulated market where there is none.
@@ -57,7 +58,9 @@ def replay(tape: Path | None, runs: int, model: Path | None, as_json: bool) -> N
 
     console = Console(stderr=True)
     with console.status("measuring") as status:
-        result = bench_replay(tape, runs=runs, model=model or REFERENCE, progress=status.update)
+        result = bench_replay(
+            tape, runs=runs, model=model or REFERENCE, backend=backend, progress=status.update
+        )
     if as_json:
         click.echo(msgspec.json.encode(result).decode())
     else:
@@ -132,6 +135,7 @@ def compile_kernels() -> None:
 
     from rich.console import Console
 
+    from benchmarks.provenance import REFERENCE
     from feeds.compile_cache import kernel_sources
 
     started = time.monotonic()
@@ -141,6 +145,11 @@ def compile_kernels() -> None:
             module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
             status.update(f"compiling {module}")
             importlib.import_module(module)
+        status.update("compiling the reference model")
+        from engine.backends.registry import open_backend
+        from engine.bundle import load_bundle
+
+        open_backend("compiled", load_bundle(REFERENCE)).close()
     click.echo(f"compiled in {time.monotonic() - started:.1f} s", err=True)
 
 

@@ -35,7 +35,7 @@ from benchmarks.provenance import (
 )
 from engine.backends.registry import open_backend
 from engine.bundle import load_bundle
-from engine.config import Config
+from engine.config import Config, served_by
 from engine.digest import Digest
 from engine.jitter import measure_jitter
 from engine.pipeline import Pipeline
@@ -80,6 +80,7 @@ class ReplayBench(msgspec.Struct, frozen=True):
     messages_per_s_with_inference: float
     tape: str
     source: str
+    backend: str
     digest: str
     runs: int
     features: Runs
@@ -98,6 +99,7 @@ def bench_replay(
     *,
     runs: int,
     model: Path = REFERENCE,
+    backend: str = "compiled",
     progress: Callable[[str], Any] = lambda _: None,
 ) -> ReplayBench:
     """Measure on a tape, by default the recording of `RECORDING`, else a simulated market.
@@ -109,6 +111,8 @@ def bench_replay(
         Counted runs of each measurement.
     model : Path
         Bundle for the second measurement.
+    backend : str
+        What runs it, on its default device.
     progress : callable
         Told what is going on.
 
@@ -143,7 +147,7 @@ def bench_replay(
         progress("book and features")
         features = _measure(lambda: _features_run(config, records), runs)
         progress("with inference")
-        signals, digest = _measure_signals(config, records, model, runs)
+        signals, digest = _measure_signals(config, records, model, backend, runs)
     finally:
         if allowed is not None:
             os.sched_setaffinity(0, allowed)
@@ -154,6 +158,7 @@ def bench_replay(
         messages_per_s_with_inference=signals.messages / signals.median_s,
         tape=tape.name,
         source=source,
+        backend=backend,
         digest=digest,
         runs=runs,
         features=features,
@@ -216,15 +221,12 @@ def _features_run(config: Config, records: Records) -> tuple[float, Pipeline]:
     return time.perf_counter() - started, pipeline
 
 
-def _measure_signals(config: Config, records: Records, model: Path, runs: int) -> tuple[Runs, str]:
+def _measure_signals(
+    config: Config, records: Records, model: Path, backend_name: str, runs: int
+) -> tuple[Runs, str]:
     bundle = load_bundle(model)
-    backend = open_backend(
-        config.model.backend,
-        bundle,
-        config.model.device,
-        threads=1,
-        precision=config.model.precision,
-    )
+    config = served_by(config, backend_name)
+    backend = open_backend(backend_name, bundle, config.model.device)
     digests = set()
 
     def run() -> tuple[float, Pipeline]:
@@ -234,9 +236,9 @@ def _measure_signals(config: Config, records: Records, model: Path, runs: int) -
         for buf, start, stop in records:
             at = start
             while at < stop:
-                at = pipeline.advance(buf, at, stop)
-                if pipeline.fired:
-                    digest.update(pipeline.answer())
+                at = pipeline.serve(buf, at, stop)
+                if pipeline.served:
+                    digest.update_all(pipeline.served, pipeline.signal_bytes)
         seconds = time.perf_counter() - started
         digests.add(digest.hexdigest())
         return seconds, pipeline
@@ -273,7 +275,8 @@ def show(result: ReplayBench) -> None:
     features = result.features
     console.print(
         f"{result.source}: {features.messages:,} messages, {features.levels:,} levels, "
-        f"{features.feature_vectors:,} feature vectors, {result.signals.signals:,} signals"
+        f"{features.feature_vectors:,} feature vectors, {result.signals.signals:,} signals "
+        f"({result.backend})"
     )
     console.print(
         f"host jitter: p99 {result.jitter_p99_us:.1f} µs, max {result.jitter_max_us:.1f} µs; "

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 
 from benchmarks.provenance import commit, machine, versions
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from engine.backends.qdq_graph import without_checks
 from engine.bundle import Bundle, load_bundle
 from feeds.errors import InputError

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from engine.bundle import Bundle
 
 LEAST: Final = 0

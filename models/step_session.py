@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from engine.manifest import VIOLATIONS, StateTensor
 from models.step_graph import INPUT_NAME, OUTPUT_NAME
 

@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from engine.backends.exactness import prove_exact
 from engine.backends.integer_reference import IntegerReference
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from engine.backends.qdq_graph import without_checks
 from engine.bundle import Bundle, check_files
 from feeds.errors import InputError

@@ -48,7 +48,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
 class Backend(Protocol):
     """One opened model. Not thread-safe: one owner, the pipeline.
 
-    ``stream`` is one instrument's model state, from 0; models without state ignore it.
+    ``stream`` is one instrument's model state, from 0; models without state ignore it. A class
+    method ``devices()``, where there is one, names the devices that ``octick backend list`` tries.
     """
 
     @classmethod

@@ -30,8 +30,7 @@ from engine.backends.answers import AnswerQueue
 from engine.backends.exact_proof import plain_session
 from engine.backends.hard_inputs import hard_inputs, input_steps, usual_steps
 from engine.backends.interface import BackendInfo
-from engine.backends.onnx_providers import Opened, device_of, open_session
-from engine.backends.onnx_providers import session_options as session_options
+from engine.backends.onnx_providers import PROVIDERS, Opened, device_of, open_session
 from engine.backends.onnx_streams import GpuRunner, StatefulRunner, bind_checked, check_arrays
 from engine.backends.onnx_value_check import ValueCheck, with_taps
 from engine.bundle import Bundle
@@ -124,6 +123,11 @@ class OnnxBackend:
         self._x: np.ndarray | None = None
         self._out: np.ndarray | None = None
         self._answers = AnswerQueue(bundle.n_outputs)
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """Execution providers by name, whether this ONNX Runtime has them or not."""
+        return tuple(PROVIDERS)
 
     @classmethod
     def open(

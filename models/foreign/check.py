@@ -19,7 +19,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from engine.bundle import MAX_MODEL_BYTES
 from engine.manifest import StateDtype, StateTensor
 from feeds.errors import InputError

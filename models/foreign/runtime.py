@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from engine.backends.onnx import WARM_UP_RUNS, session_options
+from engine.backends.onnx import WARM_UP_RUNS
+from engine.backends.onnx_providers import session_options
 from engine.backends.qdq_graph import without_checks
 from feeds.errors import InputError
 

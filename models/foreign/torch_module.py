@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from feeds.errors import InputError
 from models.foreign.check import NEXT, STATIC_STEP_MODEL, checked, one_line
 from models.foreign.passes import LOWEST_OPSET, quiet

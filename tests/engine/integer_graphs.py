@@ -14,7 +14,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from engine.backends import small_graphs
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from engine.backends.small_graphs import CLASSES, CLIP, FEATURES
 from engine.manifest import StateTensor
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.backends.exactness import prove_exact
 from engine.backends.integer_reference import IntegerReference
-from engine.backends.onnx import session_options
+from engine.backends.onnx_providers import session_options
 from feeds.errors import InputError
 from models.dataset import Normalisation
 from models.execute import scores_of

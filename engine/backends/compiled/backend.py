@@ -12,7 +12,7 @@ from typing import ClassVar
 import numba
 import numpy as np
 
-from engine.backends.compiled.isa import choose_isa
+from engine.backends.compiled.isa import DEVICE, available_isas, choose_isa
 from engine.backends.compiled.native_call import NativeModel
 from engine.backends.compiled.native_step import native_step
 from engine.backends.compiled.planning import Planner, aligned_bytes
@@ -110,6 +110,11 @@ class CompiledBackend(GraphBackend):
         self._x: np.ndarray | None = None
         self._out: np.ndarray | None = None
         self._x_at = self._out_at = 0
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """What this CPU can run: the fastest of its instruction sets, and each by name."""
+        return (DEVICE, *(f"{DEVICE}:{isa.name}" for isa in available_isas()))
 
     @classmethod
     def open_device(cls, graph: IntegerGraph, device: str) -> CompiledGraph:

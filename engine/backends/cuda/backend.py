@@ -22,6 +22,11 @@ class CudaBackend(GraphBackend):
     name: ClassVar[str] = "cuda"
 
     @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The first GPU, both ways."""
+        return ("cuda:0", "cuda:0/persistent")
+
+    @classmethod
     def open(
         cls, bundle: Bundle, device: str, *, threads: int = 1, precision: str = "int8"
     ) -> Self:

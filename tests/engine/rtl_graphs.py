@@ -1,0 +1,85 @@
+"""Integer graphs of one row, as circuits are generated from, small enough to build in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from engine.backends.integer_graph import (
+    INPUT,
+    MAX_SHIFT,
+    MIN_SHIFT,
+    CheckGroup,
+    Dense,
+    IntegerGraph,
+    Point,
+    Product,
+)
+from tests.engine import typed_graphs
+from tests.engine.typed_graphs import TypedGraph
+
+
+def flat(seed: int) -> IntegerGraph:
+    """Every kind of layer that has no cell: delays read twice, two products, a value used twice."""
+    g = TypedGraph(seed, 19)
+    x = g.columns(INPUT, 1, 1, 18)
+    y = g.delay(g.dense(x, 23), (0, 1, 3))
+    y = g.dense(y, 12)
+    z = g.table(g.delay(y, (2, 0, 0), by_row=False))
+    y = g.add(g.dense(z, 12, others=(INPUT, y)), g.table(y))
+    y = g.delay(g.concat((y, x)), (1, 4))
+    return g.graph(g.dense(y, 17), 7)
+
+
+def dense(seed: int) -> IntegerGraph:
+    """Three layers, in sizes that no lanes divide."""
+    g = TypedGraph(seed, 29)
+    return g.graph(g.dense(g.dense(INPUT, 21), 10))
+
+
+GRAPHS: dict[str, Callable[[int], IntegerGraph]] = {
+    "dense": dense,
+    "flat": flat,
+    "lstms": typed_graphs.lstms,
+    "grus": typed_graphs.grus,
+}
+
+SHIFTS = (MIN_SHIFT, -9, -3, -1, 0, 1, 2, 3, 7, 8, 12, 17, MAX_SHIFT)
+ZERO_POINTS = (0, 1, 100, 128, 255)
+
+
+def requantisers(shifts: tuple[int, ...], zero: int) -> IntegerGraph:
+    """Codes of ``3 x0 + 256 x1 - 33000``, more than 16 bits in all steps, by every shift."""
+    n = len(shifts)
+    weight = np.array([[3, 127]] * n, dtype=np.int8)
+    product = Product(INPUT, weight, np.full(n, -16_000, np.int32), np.zeros(n, np.int32))
+    point = Point("codes", 0, zero, 0, low=True, high=True)
+    layer = Dense(
+        "codes", 1, (product,), np.zeros(n, np.int32), point, np.array(shifts, dtype=np.int32)
+    )
+    return IntegerGraph(
+        where="requantisers",
+        n_features=2,
+        point=Point(INPUT, 0, 128),
+        layers=(layer,),
+        sizes={INPUT: 2, "codes": n},
+        state=(),
+        checks=(CheckGroup(1 << 8, n // 2),),
+        input_limit=4.0,
+    )
+
+
+def codes_of(graph: IntegerGraph, n: int, seed: int) -> np.ndarray:
+    """uint8 (n, features): around zero, at both ends, anything."""
+    rng = np.random.default_rng(seed)
+    x = np.rint(128 + 20 * rng.normal(size=(n, graph.n_features)))
+    x[1::4] = 255 * rng.integers(0, 2, x[1::4].shape)
+    x[2::4] = rng.integers(0, 256, x[2::4].shape)
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def without_scores(graph: IntegerGraph) -> IntegerGraph:
+    """Its front part, which ends in codes."""
+    return replace(graph, layers=graph.layers[:-1])
