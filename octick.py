@@ -53,6 +53,11 @@ _COMMANDS: Final[dict[str, Any]] = {
         "status": ("engine.control_cli", "status", "Say how the engine is."),
         "swap": ("engine.control_cli", "swap", "Put another bundle in the serving one's place."),
     },
+    "fpga": {
+        "": "From a bundle to a circuit, and what it takes on a device.",
+        "build": ("engine.backends.fpga.cli", "build", "Synthesise, place, route and time."),
+        "verilog": ("engine.backends.fpga.cli", "verilog", "Write the SystemVerilog."),
+    },
     "tape": {
         "": "Make, inspect, compare and export tapes.",
         "check": ("replay.cli", "check", "Rebuild the book and hold it against the recording."),
@@ -77,6 +82,7 @@ _COMMANDS: Final[dict[str, Any]] = {
     "bench": {
         "": "Measure; every figure in the README comes from here.",
         "backends": ("benchmarks.cli", "backends", "Every backend here, and its rivals."),
+        "bits": ("benchmarks.cli", "bits", "Whether every exact backend gives the same bits."),
         "calibration": ("benchmarks.cli", "calibration", "How many calibration rows are enough."),
         "crossover": ("benchmarks.cli", "crossover", "From which size on INT8 beats FP32."),
         "convert": ("benchmarks.cli", "convert", "Raw lines a second of the converter."),

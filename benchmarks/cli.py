@@ -364,6 +364,35 @@ def backends(
     sys.exit(0 if all(row.ok for row in rows) else 1)
 
 
+@click.command()
+@click.option("--vectors", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@click.option(
+    "--simulated",
+    type=click.IntRange(1, 10_000_000),
+    default=20_000,
+    show_default=True,
+    help="Vectors of a backend that simulates.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bits(vectors: int, simulated: int, as_json: bool) -> None:
+    """The bits of every exact backend on MLP, TCN, LSTM and GRU, over many vectors.
+
+    Exit code 1 where one differs from the reference in a score or in a value check.
+    """
+    import msgspec
+
+    from benchmarks.bits import bench_bits, show
+    from feeds.progress import stages
+
+    with stages() as progress:
+        result = bench_bits(vectors, simulated, progress)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)
+    sys.exit(0 if result.equal else 1)
+
+
 @click.command("value-checks")
 @click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
 @click.option("--rounds", type=click.IntRange(2, 1_000_000), default=3_000, show_default=True)
