@@ -12,8 +12,10 @@ from engine.backends.integer_graph import (
     MAX_SHIFT,
     MIN_SHIFT,
     CheckGroup,
+    Concat,
     Dense,
     IntegerGraph,
+    Layer,
     Point,
     Product,
 )
@@ -50,23 +52,26 @@ SHIFTS = (MIN_SHIFT, -9, -3, -1, 0, 1, 2, 3, 7, 8, 12, 17, MAX_SHIFT)
 ZERO_POINTS = (0, 1, 100, 128, 255)
 
 
-def requantisers(shifts: tuple[int, ...], zero: int) -> IntegerGraph:
-    """Codes of ``3 x0 + 256 x1 - 33000``, more than 16 bits in all steps, by every shift."""
+def requantisers(shifts: tuple[int, ...]) -> IntegerGraph:
+    """Codes of ``3 x0 + 127 x1 - 16000`` by every shift, at every one of `ZERO_POINTS`."""
     n = len(shifts)
-    weight = np.array([[3, 127]] * n, dtype=np.int8)
-    product = Product(INPUT, weight, np.full(n, -16_000, np.int32), np.zeros(n, np.int32))
-    point = Point("codes", 0, zero, 0, low=True, high=True)
-    layer = Dense(
-        "codes", 1, (product,), np.zeros(n, np.int32), point, np.array(shifts, dtype=np.int32)
-    )
+    layers: list[Layer] = []
+    for at, zero in enumerate(ZERO_POINTS):
+        weight = np.array([[3, 127]] * n, dtype=np.int8)
+        product = Product(INPUT, weight, np.full(n, -16_000, np.int32), np.zeros(n, np.int32))
+        point = Point(f"zero{zero}", 0, zero, at, low=True, high=True)
+        exponent, shift = np.zeros(n, np.int32), np.array(shifts, dtype=np.int32)
+        layers.append(Dense(point.name, 1, (product,), exponent, point, shift))
+    names = tuple(layer.name for layer in layers)
+    layers.append(Concat("codes", names, 1))
     return IntegerGraph(
         where="requantisers",
         n_features=2,
         point=Point(INPUT, 0, 128),
-        layers=(layer,),
-        sizes={INPUT: 2, "codes": n},
+        layers=tuple(layers),
+        sizes={INPUT: 2, **dict.fromkeys(names, n), "codes": n * len(names)},
         state=(),
-        checks=(CheckGroup(1 << 8, n // 2),),
+        checks=tuple(CheckGroup(1 << (8 + at), n // 2) for at in range(len(names))),
         input_limit=4.0,
     )
 

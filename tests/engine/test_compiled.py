@@ -217,6 +217,14 @@ def test_what_it_does_not_serve(reference_bundle: Path) -> None:
         CompiledBackend.open(bundle, "cpu", threads=2)
 
 
+def test_a_model_larger_than_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.backends.compiled import planning
+
+    monkeypatch.setattr(planning, "MAX_ARENA_BYTES", 1 << 14)
+    with pytest.raises(InputError, match="the model is too large for the compiled backend"):
+        CompiledGraph(typed_graphs.deep_dense(0), "cpu", from_codes=False)
+
+
 def test_a_bundle_that_is_not_exact_is_refused(reference_bundle: Path) -> None:
     bundle = replace(load_bundle(reference_bundle), numerics="tolerance")
     with pytest.raises(InputError, match="only an exact-int8 bundle has an integer graph"):

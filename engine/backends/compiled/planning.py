@@ -50,6 +50,7 @@ from engine.backends.integer_graph import (
     Table,
     requantise,
 )
+from feeds.errors import InputError
 
 ALIGNMENT: Final = 64
 PADDING: Final = 64  # behind each block: vectors may reach over its end
@@ -81,7 +82,14 @@ class Block:
         """Room for so many bytes, zero at first; their offset."""
         offset = self.size
         self.size += -(-(n_bytes + PADDING) // ALIGNMENT) * ALIGNMENT
-        assert self.size <= MAX_ARENA_BYTES, "a model too large for one block of memory"
+        if self.size > MAX_ARENA_BYTES:
+            raise InputError(
+                "the model is too large for the compiled backend",
+                where="model.backend",
+                expected=f"at most {MAX_ARENA_BYTES} bytes of weights and values",
+                found=f"more than {offset}",
+                fix="use the onnx backend",
+            )
         return offset
 
     def content(self) -> np.ndarray:
