@@ -1,0 +1,141 @@
+"""The synthesised netlist held against the RTL that it was made from: both simulated, in lockstep.
+
+The netlist's cells are simulated by models that are not ours (Yosys' ``cells_sim.v``), and the
+multiplier and memory blocks by `engine.backends.fpga.ecp5_cells`. What is compared is every cycle:
+when an input is taken, when an answer is there, and its bits.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from engine.backends.fpga.ecp5_cells import LINT_OFF, MODELS
+from engine.backends.fpga.rtl import Design
+from engine.backends.fpga.simulation import Circuit, Library, wrapper_text
+from engine.backends.fpga.synthesis import BUILT_HOLD, HOLD, NETLIST_VERILOG, Synthesis
+from engine.backends.fpga.toolchain import Tool, yosys_data
+from engine.backends.fpga.verilator_build import build_library
+from feeds.errors import InputError
+
+VALID_SHARE: Final = 0.75  # of cycles in which an input is offered
+READY_SHARE: Final = 0.5  # of cycles in which an answer would be taken
+RESET_SHARE: Final = 0.1  # of inputs that begin a state afresh
+MAX_INCLUDES: Final = 3  # of files within files
+
+
+class Compared(NamedTuple):
+    """How much was compared."""
+
+    cycles: int
+    answers: int
+
+
+def netlist_files(synthesis: Synthesis, yosys: Tool) -> dict[str, str]:
+    """The netlist as Verilog with models of its cells, ready for Verilator.
+
+    Returns
+    -------
+    dict of str to str
+        Verilog by file name.
+
+    Raises
+    ------
+    InputError
+        If the netlist has cells without a model.
+    """
+    module = synthesis.netlist["modules"][synthesis.top]
+    kinds = {cell["type"] for cell in module["cells"].values()}
+    models = yosys_models(yosys_data(yosys) / "ecp5")
+    unknown = sorted(kinds - set(MODELS) - set(re.findall(r"^module (\w+)", models, re.M)))
+    if unknown:
+        raise InputError(
+            "the netlist cannot be simulated",
+            where=str(synthesis.folder / NETLIST_VERILOG),
+            expected="cells with a simulation model",
+            found=", ".join(unknown),
+        )
+    return {
+        "yosys_cells.v": LINT_OFF + models,
+        "octick_cells.v": LINT_OFF + "\n".join(MODELS.values()),
+        NETLIST_VERILOG: LINT_OFF + (synthesis.folder / NETLIST_VERILOG).read_text(),
+    }
+
+
+def yosys_models(folder: Path) -> str:
+    """Yosys' models as one text: without its black boxes, and without cells of the I/O ring."""
+
+    def include(found: re.Match[str]) -> str:
+        wanted = found[1].endswith("_sim.vh")
+        return (folder / found[1]).read_text() if wanted else ""
+
+    text = (folder / "cells_sim.v").read_text()
+    for _ in range(MAX_INCLUDES):
+        text = re.sub(r'^`include "(.*)"', include, text, flags=re.M)
+    return re.sub(r"\(\* blackbox \*\)\s*module.*?endmodule", "", text, flags=re.S)
+
+
+def netlist_circuit(design: Design, synthesis: Synthesis, yosys: Tool) -> Circuit:
+    """A simulated circuit of the netlist, with the ports of the design that it was made from."""
+    files = netlist_files(synthesis, yosys)
+    path, _ = build_library(files, synthesis.top, wrapper_text(design), {})
+    return Circuit(Library(path), design)
+
+
+def rtl_library(design: Design) -> Library:
+    """The design itself, with the parameters that it is built with."""
+    path, _ = build_library(design.files, design.top, wrapper_text(design), {HOLD: BUILT_HOLD})
+    return Library(path)
+
+
+def compare(
+    design: Design, netlist: Circuit, codes: np.ndarray, rng: np.random.Generator
+) -> Compared:
+    """Run a design's RTL and its netlist side by side, until every input is answered.
+
+    Inputs come and answers are taken at random times; some inputs begin a state afresh.
+
+    Parameters
+    ----------
+    design : Design
+    netlist : Circuit
+    codes : ndarray of uint8, shape (inputs, features)
+    rng : Generator
+
+    Returns
+    -------
+    Compared
+
+    Raises
+    ------
+    AssertionError
+        At the first cycle in which they differ.
+    """
+    circuit = Circuit(rtl_library(design), design)
+    taken = answers = cycles = 0
+    reset = False
+    limit = 8 * (design.cycles + 2) * len(codes)
+    while answers < len(codes):
+        assert cycles < limit, "no answer comes"
+        offered = bool(taken < len(codes) and rng.random() < VALID_SHARE)
+        ready = bool(rng.random() < READY_SHARE)
+        x = codes[min(taken, len(codes) - 1)]
+        edges = [
+            one.cycle(x, in_valid=offered, in_reset=reset, out_ready=ready)
+            for one in (circuit, netlist)
+        ]
+        expected, found = edges
+        assert (expected.in_ready, expected.out_valid) == (found.in_ready, found.out_valid), cycles
+        if expected.out_valid:
+            assert (expected.out == found.out).all(), (cycles, expected.out, found.out)
+            assert expected.violations == found.violations, cycles
+            answers += ready
+        if offered and expected.in_ready:
+            taken += 1
+            reset = bool(rng.random() < RESET_SHARE)
+        cycles += 1
+    circuit.close()
+    return Compared(cycles, answers)
