@@ -234,7 +234,10 @@ class TapeReader:
         )
 
     def records(self, *, allow_truncated: bool = False) -> Iterator[Record]:
-        """Yield single records (cold path); errors as in `chunks`."""
+        """Yield single records, each with its own copy of the payload; errors as in `chunks`.
+
+        For the cold path: the buffer of a chunk is used again for the next.
+        """
         for chunk in self.chunks(allow_truncated=allow_truncated):
             view = chunk.buf.data
             at = chunk.start
@@ -246,7 +249,7 @@ class TapeReader:
                     kind,
                     recv_ns,
                     flags,
-                    view[body : body + length],
+                    memoryview(bytes(view[body : body + length])),
                 )
                 at = body + padded(length)
 

@@ -19,7 +19,6 @@ from engine.backends.integer_graph import (
     Point,
     Product,
 )
-from tests.engine import typed_graphs
 from tests.engine.typed_graphs import TypedGraph
 
 
@@ -41,12 +40,14 @@ def dense(seed: int) -> IntegerGraph:
     return g.graph(g.dense(g.dense(INPUT, 21), 10))
 
 
-GRAPHS: dict[str, Callable[[int], IntegerGraph]] = {
-    "dense": dense,
-    "flat": flat,
-    "lstms": typed_graphs.lstms,
-    "grus": typed_graphs.grus,
-}
+def cells(seed: int) -> IntegerGraph:
+    """A GRU behind a delay, an LSTM behind it, and what came in added in the end."""
+    g = TypedGraph(seed, 9)
+    y = g.gru(g.dense(g.delay(INPUT, (0, 2)), 7), 6)
+    return g.graph(g.dense(g.lstm(y, 4), 5, others=(INPUT,)))
+
+
+GRAPHS: dict[str, Callable[[int], IntegerGraph]] = {"dense": dense, "flat": flat, "cells": cells}
 
 SHIFTS = (MIN_SHIFT, -9, -3, -1, 0, 1, 2, 3, 7, 8, 12, 17, MAX_SHIFT)
 ZERO_POINTS = (0, 1, 100, 128, 255)

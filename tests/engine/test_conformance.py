@@ -327,7 +327,7 @@ def test_list_has_every_backend_and_says_why_one_does_not_open(
         ("forgetful", "cpu"),
         ("forgetful", "moon"),
         ("gone", "cpu"),
-        ("onnx", "cpu"),
+        *(("onnx", device) for device in devices_of("onnx")),
         ("split", "cpu"),
         ("theirs", "cpu"),
         ("theirs", "moon"),

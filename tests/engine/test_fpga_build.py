@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -243,7 +245,7 @@ def test_a_netlist_that_differs_in_one_bit_is_found(verilator: None, design: Des
 
     wrong = Wrong(netlist.rtl_library(design), design)
     codes = np.zeros((2, FEATURES), dtype=np.uint8)
-    with pytest.raises(AssertionError):
+    with pytest.raises(netlist.NetlistError, match="expected"):
         netlist.compare(design, wrong, codes, np.random.default_rng(SEED))
 
 
@@ -353,6 +355,27 @@ def test_progress_never_falls_and_follows_the_log() -> None:
     assert shares[-1] == 1.0
 
 
+def test_a_small_design_is_placed_routed_and_timed(
+    design: Design, bundle: Bundle, yosys: Tool, tmp_path: Path
+) -> None:
+    need(toolchain.NEXTPNR_ECP5)
+    report = build(bundle, design, ECP5_85K, tmp_path)
+    assert report.fmax_mhz is not None
+    assert report.critical_path is not None
+    assert report.latency_ns == pytest.approx(design.cycles / report.fmax_mhz * 1e3)
+    assert report.critical_path.delay_ns == pytest.approx(1e3 / report.fmax_mhz, rel=1e-3)
+    assert [seed.seed for seed in report.seeds] == [1]
+    assert set(report.seconds) == {"synthesis", "frame", "place and route"}
+    assert msgspec.json.decode(msgspec.json.encode(report), type=BuildReport) == report
+    counted = json.loads((tmp_path / "report_1.json").read_text())["utilization"]
+    for each, cell in zip(
+        report.resources, ("TRELLIS_COMB", "TRELLIS_FF", "MULT18X18D", "DP16KD"), strict=True
+    ):
+        assert each.available == counted[cell]["available"], "the device holds something else"
+        assert each.placed is not None
+        assert each.placed >= each.used
+
+
 # ---- what is refused
 
 
@@ -360,11 +383,11 @@ def test_a_design_larger_than_the_device_is_refused_before_it_is_placed(
     design: Design, bundle: Bundle, yosys: Tool, tmp_path: Path
 ) -> None:
     need(toolchain.NEXTPNR_ECP5)
-    small = dataclasses.replace(ECP5_85K, capacity={"LUT": 100, "FF": 90_000, "DSP": 1, "BRAM": 1})
+    small = dataclasses.replace(ECP5_85K, capacity={"LUT": 100, "FF": 200, "DSP": 2, "BRAM": 1})
     with pytest.raises(InputError) as refused:
         build(bundle, design, small, tmp_path)
-    assert refused.value.expected == "at most 100 LUT and at most 1 DSP"
-    assert "2 DSP" in refused.value.found
+    assert refused.value.expected == "at most 100 LUT and at most 200 FF"
+    assert re.fullmatch(r"\d+ LUT and \d+ FF", refused.value.found)
     assert not list(tmp_path.glob("route_*"))
 
 
@@ -379,6 +402,16 @@ def build(bundle: Bundle, design: Design, target: Target, folder: Path) -> Build
         jobs=1,
         progress=lambda stage, share: None,
     )
+
+
+def test_more_blocks_than_the_device_has_are_refused_before_synthesis(
+    design: Design, bundle: Bundle, yosys: Tool, tmp_path: Path
+) -> None:
+    need(toolchain.NEXTPNR_ECP5)
+    many = dataclasses.replace(design, lanes={"hidden": Lanes(16, 10, 157)})
+    with pytest.raises(InputError, match="157 DSP"):
+        build(bundle, many, ECP5_85K, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", RESOURCES)

@@ -15,8 +15,8 @@ import pytest
 from engine.backends import registry
 from engine.backends.answers import MAX_IN_FLIGHT
 from engine.backends.integer_reference import IntegerReference
-from engine.backends.onnx import OnnxBackend, host_isa, session_options
-from engine.backends.onnx_providers import PROVIDERS
+from engine.backends.onnx import OnnxBackend, host_isa
+from engine.backends.onnx_providers import PROVIDERS, session_options
 from engine.bundle import Bundle, load_bundle
 from engine.manifest import INT8_NAME
 from feeds.errors import InputError

@@ -76,8 +76,7 @@ def differences(graph: IntegerGraph, circuit: RtlSimulation, codes: np.ndarray) 
     [
         ("dense", None),
         ("flat", SOME_LANES),
-        ("lstms", None),
-        ("grus", None),
+        ("cells", SOME_LANES),
     ],
 )
 def test_every_layer_has_the_bits_of_the_reference(kind: str, lanes: Lanes | None) -> None:
@@ -123,7 +122,7 @@ def test_the_first_part_of_a_model_gives_codes() -> None:
 
 
 def test_registers_that_run_free_give_the_same_bits() -> None:
-    graph, circuit = simulated("flat", None, hold=0)
+    graph, circuit = simulated("cells", SOME_LANES, hold=0)
     assert differences(graph, circuit, codes_of(graph, STEPS, 1)) == 0
 
 
@@ -155,11 +154,9 @@ def answers(
     one.close()
 
 
-@pytest.mark.parametrize(("kind", "lanes"), [("flat", SOME_LANES), ("lstms", None)])
-def test_gaps_and_back_pressure_change_neither_answers_nor_cycles(
-    kind: str, lanes: Lanes | None
-) -> None:
-    graph, circuit = simulated(kind, lanes)
+@pytest.mark.parametrize("kind", ["flat", "cells"])
+def test_gaps_and_back_pressure_change_neither_answers_nor_cycles(kind: str) -> None:
+    graph, circuit = simulated(kind, SOME_LANES)
     rng = np.random.default_rng(3)
     codes = codes_of(graph, 40, 3)
     expected, masks = run_codes(graph, codes)
@@ -172,7 +169,7 @@ def test_gaps_and_back_pressure_change_neither_answers_nor_cycles(
 
 
 def test_a_reset_in_the_middle_of_an_inference_leaves_nothing_behind() -> None:
-    graph, circuit = simulated("lstms", None)
+    graph, circuit = simulated("cells", SOME_LANES)
     codes = codes_of(graph, 3, 4)
     (expected, *_), _ = run_codes(graph, codes[2:])
     one = circuit.circuit()

@@ -77,6 +77,7 @@ def test_offsets_are_where_the_records_stand(tmp_path: Path) -> None:
         offsets = [writer.append(tape.MARKET, 1, body) for body in payloads(9)]
     found = list(TapeReader(path, chunk_bytes=256).records())
     assert [record.offset for record in found] == offsets
+    assert [bytes(record.payload) for record in found] == list(payloads(9)), "chunks later"
     data = path.read_bytes()
     for offset, body in zip(offsets, payloads(9), strict=True):
         assert offset % 8 == 0

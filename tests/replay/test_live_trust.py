@@ -39,7 +39,7 @@ from feeds.tape_reader import TapeReader
 from tests.engine.bundles import write_manifest
 from tests.replay.processes import Processes, stop
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 TRUST = """
 [shadow]
 every = 1

@@ -22,7 +22,7 @@ from engine.backends.fpga.build_report import (
 )
 from engine.backends.fpga.rtl import Design
 from engine.backends.fpga.synthesis import AIM_MHZ, Routed, frame, place_and_route, synthesise
-from engine.backends.fpga.targets import Target
+from engine.backends.fpga.targets import RESOURCES, Target
 from engine.backends.fpga.toolchain import NEXTPNR_ECP5, YOSYS, find_tool
 from engine.bundle import Bundle
 
@@ -64,6 +64,8 @@ def build_design(
     InputError
         If a tool is missing or fails, or the device is too small.
     """
+    blocks = sum(lanes.dsp for lanes in design.lanes.values())
+    check_fits(dict.fromkeys(RESOURCES, 0) | {"DSP": blocks}, target, str(bundle.path))
     yosys = find_tool(YOSYS)
     nextpnr = None if target.estimate else find_tool(NEXTPNR_ECP5)
     tools = [tool for tool in (yosys, nextpnr) if tool is not None]

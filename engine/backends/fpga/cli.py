@@ -78,7 +78,7 @@ def _parallelism(command: Callable[..., None]) -> Callable[..., None]:
     "--jobs",
     type=click.IntRange(1, MAX_SEEDS),
     default=None,
-    help="Seeds at once, about 1 GB each. [default: one a core]",
+    help="Seeds at once, up to 2 GB each. [default: one a core]",
 )
 @click.option(
     "--out",

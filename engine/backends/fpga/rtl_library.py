@@ -90,17 +90,18 @@ module round_shift #(
   if (SPAN == 0 && SHIFT > 0) begin : always_right
     localparam logic signed [OUT_BITS-1:0] ADDED =
         (OFFSET <<< SHIFT) + (ONE <<< (SHIFT - 1)) - ONE;
-    wire signed [OUT_BITS-1:0] odd = {{{{(OUT_BITS-1){{1'b0}}}}, wide[SHIFT]}};
-    always_ff @(posedge clk) if (en) rounded <= wide + ADDED + odd;
+    // One carry chain for both: the bit acc[SHIFT] is its carry in.
+    wire [OUT_BITS:0] sum = {{wide, 1'b1}} + {{ADDED, wide[SHIFT]}};
+    always_ff @(posedge clk) if (en) rounded <= sum[OUT_BITS:1];
     assign value = rounded >>> SHIFT;
   end else if (SHIFT > 0) begin : chosen_right
     logic [ABOVE_BITS-1:0] above_1;
     wire signed [OUT_BITS-1:0] kept = wide >>> SHIFT >>> above;
-    wire signed [OUT_BITS-1:0] odd = {{{{(OUT_BITS-1){{1'b0}}}}, kept[0]}};
     wire signed [OUT_BITS-1:0] added =
         (OFFSET <<< SHIFT <<< above) + (ONE <<< (SHIFT - 1) <<< above) - ONE;
+    wire [OUT_BITS:0] sum = {{wide, 1'b1}} + {{added, kept[0]}};
     always_ff @(posedge clk) if (en) begin
-      rounded <= wide + added + odd;
+      rounded <= sum[OUT_BITS:1];
       above_1 <= above;
     end
     assign value = rounded >>> SHIFT >>> above_1;

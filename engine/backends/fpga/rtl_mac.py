@@ -182,7 +182,7 @@ def _choice(
     yield f"  logic {vector(width)} {name};"
     yield "  always_ff @(posedge clk) begin"
     yield f"    slice_{name} <= slice;"
-    yield f"    case (slice_{name})"
+    yield f"    if (!HOLD || stage[{OPERAND_AT - 1}]) case (slice_{name})"
     for at, part in enumerate(parts):
         key = f"{bits}'d{before + at}" if at + 1 < len(parts) else "default"
         yield f"      {key}: {name} <= {part};"

@@ -20,6 +20,7 @@ from engine.backends.fpga.rtl_text import (
 from engine.backends.integer_graph import MIN_SHIFT
 
 PARAMETER_BITS: Final = 10
+COPY_OUTPUTS: Final = 4  # accumulators that share the wires that steer them
 
 
 def biases(engine: Engine) -> Iterator[str]:
@@ -43,22 +44,35 @@ def accumulators(engine: Engine) -> Iterator[str]:
     yield "  // ---- accumulators, which begin with the bias"
     if plan.align:
         yield from _shift_left(engine)
+    if plan.biased < 0:
+        yield from _turns(engine)
     yield f"  for (genvar o = 0; o < {outputs}; o = o + 1) begin : output_sum"
     if plan.biased >= 0:
         yield f"    wire signed {vector(bits)} total = {root};"
     else:
         added = "output_aligned[o].sum" if plan.align else f"{bits}'({root})"
-        at = plan.total_at - 1
-        begin = (
-            f"first[{at}] ? output_bias[o].bias : total"
-            if plan.group_steps > 1
-            else "output_bias[o].bias"
-        )
+        turn, begin = f"turn[o / {COPY_OUTPUTS}]", "output_bias[o].bias"
+        if plan.group_steps > 1:
+            begin = f"{turn}.begins ? {begin} : total"
         yield f"    logic signed {vector(bits)} total;"
         yield f"    wire signed {vector(bits)} begun = {begin};"
-        yield f"    always_ff @(posedge clk) if (stage[{at}]) total <= begun + {added};"
+        yield f"    always_ff @(posedge clk) if ({turn}.adds)"
+        yield f"      total <= begun + {added};"
     yield "  end"
     yield ""
+
+
+def _turns(engine: Engine) -> Iterator[str]:
+    """Whether accumulators add, and begin anew: a copy for every few, on a wire of its own."""
+    plan = engine.plan
+    at, copies = plan.total_at - 2, -(-plan.lanes.outputs // COPY_OUTPUTS)
+    begins = plan.group_steps > 1
+    yield f"  for (genvar c = 0; c < {copies}; c = c + 1) begin : turn"
+    yield f"    (* keep *) logic adds{', begins' if begins else ''};"
+    yield f"    always_ff @(posedge clk) adds <= !rst && stage[{at}];"
+    if begins:
+        yield f"    always_ff @(posedge clk) begins <= first[{at}];"
+    yield "  end"
 
 
 def _shift_left(engine: Engine) -> Iterator[str]:

@@ -45,7 +45,7 @@ _RESERVED: Final = frozenset(
 )
 # What stands inside our modules, beside the names of layers.
 _OURS: Final = re.compile(
-    r"""[a-wyz]|\w*_ahead|level\d+|out_\w+|in_\w+|u_\w+
+    r"""[a-wyz]|adds|begins|\w*_ahead|level\d+|out_\w+|in_\w+|u_\w+
     |(?:accept|added|back|begun|beats?|candidate|clip|clk|codes?|comes|count|deliver|done|due)
     |(?:element|en|entry|fabric|fetched|filled|fresh|given|group\d*_\w+|held|kept|keep|lag)
     |(?:lane|lane_en|look_up|memory|newest|next|none|now|odd|own|pair|product|read|read_beat)

@@ -188,7 +188,7 @@ def place_and_route(
     speed_grade : int
     seeds : list of int
     jobs : int
-        At once. Each takes a core and about 1 GB.
+        At once. Each takes a core and up to 2 GB.
     on_progress : callable
         Called with the share done.
 
