@@ -45,7 +45,9 @@ COMPUTED: Final = 11  # feature vectors
 EVENT_AT: Final = 12  # payload of the trust event that is due
 EVENT_BYTES: Final = 13
 EVENT_TIME: Final = 14
-SHARED_FIELDS: Final = 15
+RELEASE_SLOT: Final = 15  # from which on signals held back by conflation are due
+RELEASE_TIME: Final = 16
+SHARED_FIELDS: Final = 17
 
 NOTHING_DUE: Final = -1
 EVENT_DUE: Final = -2  # a record of kind CONTROL or SHADOW
@@ -56,7 +58,8 @@ EVERY_EVENTS: Final = 1
 EVERY_NS: Final = 2
 STALE_AFTER_NS: Final = 3
 COMPUTE_ALWAYS: Final = 4  # 1 = a whole feature vector after every message, and nothing fires
-PARAM_FIELDS: Final = 5
+CONFLATE_NS: Final = 5  # market time between two signals of an instrument; 0 = not conflating
+PARAM_FIELDS: Final = 6
 
 TRIGGER_TOP: Final = 0
 TRIGGER_EVENTS: Final = 1
@@ -75,7 +78,9 @@ SIGNAL_SEQ: Final = 10
 EXCHANGE_TIME: Final = 11
 SOURCE_TIME: Final = 12
 STREAM_RESET: Final = 13  # 1 = the model's stream state starts anew with the next inference
-TRACK_FIELDS: Final = 14
+HELD_BACK: Final = 14  # 1 = a signal that was due waits: messages are being conflated
+NEXT_CONFLATED: Final = 15  # exchange time from which on the next one may leave
+TRACK_FIELDS: Final = 16
 
 
 @inner("int64(uint8[::1], int64, uint8[:,::1], int64[:,::1], int64)")
@@ -190,6 +195,21 @@ def _triggered(params, track, levels, depth):  # type: ignore[no-untyped-def]
     return True
 
 
+@inner("boolean(int64[::1], int64[::1])")
+def _held_back(params, track):  # type: ignore[no-untyped-def]
+    """While messages are conflated: does a signal that is due wait for later messages?
+
+    Every message still goes into book and features, in order; only signals become fewer.
+    """
+    if params[CONFLATE_NS] == 0:
+        return False
+    if track[EXCHANGE_TIME] < track[NEXT_CONFLATED]:
+        track[HELD_BACK] = 1
+        return True
+    track[NEXT_CONFLATED] = track[EXCHANGE_TIME] + params[CONFLATE_NS]
+    return False
+
+
 @inner(
     "void(int64, int64, int64, int64[::1], int64[::1], int64[:,:,::1], int64[::1], int64[::1],"
     " float64[::1], int64[::1], int64[::1], float64[::1], float64[:,::1], float64,"
@@ -245,6 +265,7 @@ def _state_facts(  # type: ignore[no-untyped-def]
     track[TRUST] = state
     track[FIRST_SEQ] = 0
     track[EVENTS_SINCE] = 0
+    track[HELD_BACK] = 0
     shared[FIRED_SLOT] = slot
 
 
@@ -327,9 +348,21 @@ def advance(  # type: ignore[no-untyped-def]
     int
         Where to go on: ``stop``, or the position after (for a timer that is due for several
         instruments: at) the record that made ``shared[FIRED_SLOT]`` fire, or after a trust event
-        that is to be taken first: then it is EVENT_DUE.
+        that is to be taken first: then it is EVENT_DUE. ``at`` where a signal that conflation had
+        held back is released.
     """
     shared[FIRED_SLOT] = NOTHING_DUE
+    for slot in range(shared[RELEASE_SLOT], len(tracks)):
+        shared[RELEASE_SLOT] = slot + 1
+        track = tracks[slot]
+        if track[HELD_BACK] == 1:
+            state = _book_state(sync_rows[slot], track, tops[slot], depths[slot])
+            _state_facts(
+                slot, state, shared[RELEASE_TIME], sync_rows[slot], track, tops[slot],
+                depths[slot], fis[slot], ffs[slot], shared, facts, vector, norm, clip, seen[slot],
+                x, x_bytes,
+            )  # fmt: skip
+            return at
     while at < stop:
         length = load_u32(buf, at + 4)
         received = load_i64(buf, at + 8)
@@ -400,7 +433,7 @@ def advance(  # type: ignore[no-untyped-def]
             continue
         due = False
         if applied and state == trust.SYNCED:
-            due = _triggered(params, track, levels, depth)
+            due = _triggered(params, track, levels, depth) and not _held_back(params, track)
         if due or state != track[TRUST]:
             _state_facts(
                 slot, state, received, row, track, levels, depth, fis[slot], ffs[slot], shared,

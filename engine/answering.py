@@ -2,9 +2,9 @@
 """From tape records to signals without Python in between, where the model is a compiled one.
 
 `serve` is `engine.advance.advance` and all of `Pipeline.answer` in one loop: it goes on from signal
-to signal until one needs what only Python can do (a trust event, a rule over a violation), or there
-is no more room for signals. The same functions are called in the same order, so that the bytes are
-those of `Pipeline.answer`.
+to signal until one needs what only Python can do (a trust event, a rule over a violation, a model
+that is no compiled one), or there is no more room for signals. The same functions are called in
+the same order, so that the bytes are those of `Pipeline.answer`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray, njit
 
 from engine import signals, trust
-from engine.advance import FIRED_SLOT, STREAM_RESET, advance
+from engine.advance import FIRED_SLOT, RELEASE_SLOT, STREAM_RESET, advance
 from engine.backends.compiled.native_call import (
     ARENA,
     FRESH,
@@ -46,7 +46,8 @@ TRADABLE: Final = 10  # of them
 JUDGE: Final = 11  # reasons of the last one, where the rules are to see it; else 0
 NEW_STREAM: Final = 12  # 1 = the model's stream began anew with the last inference
 LATE_NS: Final = 13  # what the last inference took, where that is over its budget
-SUPPRESSED: Final = 14  # and behind it: how many had each of 16 reasons
+NATIVE: Final = 14  # 1 = the model is a compiled one; else a signal that is due is left to Python
+SUPPRESSED: Final = 15  # and behind it: how many had each of 16 reasons
 ROUND_FIELDS: Final = SUPPRESSED + 16
 
 STATES_HANDLE: Final = 30  # the model's states, among the handles of `serve`
@@ -88,19 +89,24 @@ def _serve(  # type: ignore[no-untyped-def]
     Returns
     -------
     int
-        Where to go on. ``shared[FIRED_SLOT]`` says whether a trust event is to be taken first,
-        ``round`` how many signals were written and whether the rules are to see the last.
+        Where to go on. ``shared[FIRED_SLOT]`` says whether a trust event is to be taken first (or,
+        where the model is no compiled one, whose signal is due), ``round`` how many signals were
+        written and whether the rules are to see the last.
     """
     size = messages.shape[1]
-    round[SIGNALS:] = 0
+    for i in range(SIGNALS, LATE_NS + 1):
+        round[i] = 0
+    round[SUPPRESSED:] = 0
     live = round[LIVE] == 1
-    while at < stop and (round[SIGNALS] + 1) * size <= len(out):
+    while (at < stop or shared[RELEASE_SLOT] < len(tracks)) and (
+        (round[SIGNALS] + 1) * size <= len(out)
+    ):
         at = advance(
             buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs,
             tracks, shared, params, facts, vector, norm, clip, seen, x, x_bytes,
         )  # fmt: skip
         slot = shared[FIRED_SLOT]
-        if slot < 0:
+        if slot < 0 or round[NATIVE] == 0:
             return at
         mask = np.int64(0)
         blocked = round[BLOCKED]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from engine.cores import beside
 from feeds.errors import InputError
 
 NICE: Final = "5"  # the hot path comes first where cores are short
@@ -29,7 +30,7 @@ async def run_child(*arguments: str, timeout_s: float) -> tuple[int, bytes, byte
         If it takes longer than ``timeout_s``; it is killed then.
     """
     child = await asyncio.create_subprocess_exec(
-        *("nice", "-n", NICE, sys.executable, *arguments),
+        *(*beside(), "nice", "-n", NICE, sys.executable, *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

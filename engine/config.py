@@ -33,6 +33,7 @@ MAX_LEVELS: Final = 65_534  # what a group of an SBE message can hold
 MIN_TIMER_NS: Final = 1_000_000
 MAX_INSTRUMENTS: Final = 4_096
 MAX_FEEDS: Final = 64
+MAX_CORES: Final = 4_095
 MAX_CONFIG_BYTES: Final = 1 << 20
 
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
@@ -163,10 +164,29 @@ class LimitsConfig(_Section, frozen=True):
 
 
 class LoopConfig(_Section, frozen=True):
-    """How the event loop waits."""
+    """How the event loop waits.
+
+    ``busy_poll`` never sleeps: it looks for messages for ``spin_ns`` before it lets anything else
+    have its turn. ``core`` is the core that the hot path keeps to, and that nothing else of the
+    engine uses; -1 leaves it to the system.
+    """
 
     busy_poll: bool = False
+    spin_ns: Duration = 200_000
+    core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     uvloop: bool = True
+
+
+class OverloadConfig(_Section, frozen=True):
+    """What becomes of signals when messages come faster than the engine can carry.
+
+    From ``conflate_after_ns`` of lag on (0: never), and until no message waits, an instrument has
+    at most one signal in ``conflate_every_ns`` of market time. Every message still goes into book
+    and features, in order.
+    """
+
+    conflate_after_ns: Annotated[int, Meta(ge=0, le=MAX_DURATION_NS)] = 100_000_000
+    conflate_every_ns: Duration = 10_000_000
 
 
 class Config(_Section, frozen=True):
@@ -189,6 +209,7 @@ class Config(_Section, frozen=True):
     publish: PublishConfig = PublishConfig()
     tape: TapeConfig = TapeConfig()
     limits: LimitsConfig = LimitsConfig()
+    overload: OverloadConfig = OverloadConfig()
     loop: LoopConfig = LoopConfig()
 
 

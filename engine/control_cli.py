@@ -91,6 +91,8 @@ def _lines(answer: dict[str, Any]) -> str:
         "signals": f"{answer['signals']:,}, {answer['tradable']:,} tradable",
         "suppressed": suppressed or "none",
         "moves": f"{answer['transitions']:,}, {answer['evidence_files']:,} evidence files",
+        "lag": f"{answer['lag_ns'] / 1e6:.1f} ms"
+        + (", conflating" if answer["conflating"] else ""),
         "swaps": f"{answer['swaps']:,}" + (", one under way" if answer["changing"] else ""),
     }
     width = max(map(len, rows))

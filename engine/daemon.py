@@ -1,4 +1,4 @@
-# Hot path: `Daemon._drain` and `Daemon._step`; the rest is plain asyncio.
+# Hot path: `Daemon._drain`; the rest is plain asyncio.
 """The daemon: market data in over ZeroMQ, signals out, everything recorded.
 
 What arrives goes onto the tape first; the pipeline then advances over the very bytes that a
@@ -19,12 +19,12 @@ from typing import Any, Final
 
 import zmq
 
-from engine import latency, state
+from engine import cores, latency, live, state
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
 from engine.config import Config, config_hash, semantic
 from engine.features import SCHEMA_HASH
-from engine.feed import MALFORMED, NOTHING, FeedConnection
+from engine.feed import FeedConnection
 from engine.handshake import Handshake, Notice
 from engine.hashes import code_hash
 from engine.oversight import Oversight
@@ -35,7 +35,7 @@ from engine.shadow_ring import STAT_NAMES
 from engine.signals import AT_BOOK_STATE
 from engine.totals import Totals
 from engine.trust import BOOK_STATES, MODE_FP32, MODES, SYNCED
-from engine.trust_events import INFERENCE_LATE, Control
+from engine.trust_events import CONFLATION, INFERENCE_LATE, Control
 from feeds import codec, tape, wire
 from feeds.errors import InputError
 
@@ -88,22 +88,12 @@ class Daemon:
         self._context: zmq.Context[Any] = zmq.Context()
         self._feeds: list[FeedConnection] = []
         self._recorder: Recorder | None = None
-        self._view = memoryview(b"")
-        self._arena: Any = None
         self._requested_ns = [0] * len(names)
-        self.latency: Final = latency.new_counts()
         self._state_seq = self._alert_seq = self._rejected_told = 0
-        self._next_state_ns = 0
-        self._collections = 0
-        self._signal_bytes = (
-            tape.RECORD_HEADER_BYTES
-            + wire.HEADER_BYTES
-            + wire.SIGNAL_BLOCK
-            + wire.GROUP_HEADER_BYTES
-            + wire.OUTPUT_BYTES * self.bundle.n_outputs
-            + 8
-        )
-        self._room = config.limits.max_message_bytes + self._signal_bytes * (len(names) + 1)
+        self._next_state_ns = self._lag_max_ns = 0
+        self._collections = self._conflations = 0
+        signal_bytes = tape.RECORD_HEADER_BYTES + self.pipeline.signal_bytes + 8
+        self._room = config.limits.max_message_bytes + signal_bytes * (len(names) + 1)
         self._room += 2 * tape.RECORD_HEADER_BYTES + wire.HEADER_BYTES + wire.CONTROL_BLOCK
         try:
             topics = [*self._topics, *self._alert_topics, state.STATE_TOPIC, state.ALERT_TOPIC]
@@ -112,6 +102,8 @@ class Daemon:
             )
             for feed in config.feeds:
                 self._feeds.append(FeedConnection(self._context, feed, config.limits, names))
+            self._link = self._new_link(self.pipeline, [feed.sub for feed in self._feeds])
+            self.publisher.lend(self._topics, self._link.last, self._link.sent)
             self.oversight = Oversight(
                 config,
                 self.pipeline,
@@ -125,6 +117,19 @@ class Daemon:
         except InputError:
             self.close()
             raise
+
+    def _new_link(self, pipeline: Pipeline, feeds: list[zmq.Socket[Any]]) -> live.LiveLink:
+        return live.LiveLink(
+            pipeline,
+            feeds,
+            self.publisher.socket,
+            self._topics,
+            self.config.limits,
+            self.config.overload,
+            room=self._room,
+            now_ns=time.monotonic_ns(),
+            offset_ns=self._offset_ns,
+        )
 
     def now_ns(self) -> int:
         """Wall time that never steps back within this process."""
@@ -187,65 +192,77 @@ class Daemon:
             codec.encode_trade(0, 0, 1, 3, 0, 0, 2, 1, 1, wire.AGGRESSOR_BUY),
         ):
             at = scratch.append(tape.MARKET, 0, message)
-            pipeline.advance(scratch.arena, at, scratch.position)
-            if pipeline.fired:
-                pipeline.answer(self.now_ns)
-        latency.record(self.latency, 0)
-        latency.clear(self.latency)
+            pipeline.serve(scratch.arena, at, scratch.position, self.now_ns, self._offset_ns)
+        link = self._new_link(pipeline, [])
+        link.begin(time.monotonic_ns(), self.config.limits)
+        link.take(ScratchTape(2 * self._room), None)
 
     # The hot path.
 
-    def _drain(self, feed: FeedConnection) -> bool:
-        """Take what waits at a feed, within the budget; True where more may be waiting."""
-        recorder = self._recorder
+    def _drain(self, spin_ns: int = 0) -> bool:
+        """Take what waits at the feeds, within the budget; True where more may be waiting."""
+        link, recorder, shadow = self._link, self._recorder, self.oversight.shadow
         assert recorder is not None
-        limits = self.config.limits
-        deadline = time.monotonic_ns() + limits.max_drain_ns
-        max_bytes = limits.max_message_bytes
-        for _ in range(limits.max_drain_messages):
-            arena, at = recorder.room(self._room)
-            if arena is not self._arena:
-                self._arena, self._view = arena, arena.data
-            body = at + tape.RECORD_HEADER_BYTES
-            length = feed.receive(self._view[body : body + max_bytes])
-            if length == NOTHING:
+        link.begin(time.monotonic_ns(), self.config.limits, spin_ns)
+        while True:
+            why = link.take(recorder, None if shadow is None else shadow.handles)
+            if why == live.NOTHING_WAITS:
                 return False
-            if length == MALFORMED:
-                continue
-            recv_ns = time.monotonic_ns() + self._offset_ns
-            end = tape.put_record(arena, at, tape.MARKET, recv_ns, length)
-            recorder.advance(end)
-            self._step(arena, at, end, recv_ns)
-            if recv_ns - self._offset_ns > deadline:
+            if why == live.TURN_ENDED:
                 return True
-        return True
+            if why == live.SIGNAL_DUE:
+                self._send_due()
+            elif why != live.WINDOW_FULL:
+                self._conflate(why == live.BEHIND)
+
+    def _send_due(self) -> None:
+        """Do for the signal of a message just taken what a kernel does not."""
+        pipeline, link, recorder = self.pipeline, self._link, self._recorder
+        assert recorder is not None
+        if pipeline.fired:
+            pipeline.served = pipeline.answer(self.now_ns)
+        self._send(link.record_at, link.received_ns, link.ticket_before)
 
     def _step(self, arena: Any, at: int, end: int, recv_ns: int) -> None:
         """Advance over one record and send every signal that it makes due."""
         pipeline = self.pipeline
         start = at
-        while at < end:
+        while at < end or pipeline.releasing:
             before = pipeline.ticket
             at = pipeline.serve(arena, at, end, self.now_ns, self._offset_ns)
-            message = pipeline.served
-            if not message:
-                continue
-            slot = pipeline.slot
-            self.publisher.publish(self._topics[slot], message)
-            sent_ns = self.now_ns()
-            assert self._recorder is not None
-            if pipeline.late_ns:
-                size = self._record_late(start, slot, recv_ns)
-                at, end = at + size, end + size
-            self._recorder.append(tape.SIGNAL, sent_ns, message)
-            latency.record(self.latency, sent_ns - recv_ns)
-            if pipeline.ticket != before:
-                self.oversight.submit(slot, pipeline.signal_seq, pipeline.fresh)
-            book_state = message[AT_BOOK_STATE]
-            if book_state != SYNCED:
-                self._report(slot, book_state)
-            if pipeline.trust.moves:
-                self._tell_moves()
+            if pipeline.served:
+                inserted = self._send(start, recv_ns, before)
+                at, end = at + inserted, end + inserted
+
+    def _send(self, start: int, recv_ns: int, ticket_before: int) -> int:
+        """Send and record the signal just answered; returns by how many bytes records moved."""
+        pipeline, recorder, message = self.pipeline, self._recorder, self.pipeline.served
+        assert recorder is not None
+        slot, inserted = pipeline.slot, 0
+        self.publisher.publish(self._topics[slot], message)
+        sent_ns = self.now_ns()
+        if pipeline.late_ns:
+            inserted = self._record_late(start, slot, recv_ns)
+        recorder.append(tape.SIGNAL, sent_ns, message)
+        latency.record(self._link.latencies, sent_ns - recv_ns)
+        if pipeline.ticket != ticket_before:
+            self.oversight.submit(slot, pipeline.signal_seq, pipeline.fresh)
+        book_state = message[AT_BOOK_STATE]
+        if book_state != SYNCED:
+            self._report(slot, book_state)
+        if pipeline.trust.moves:
+            self._tell_moves()
+        return inserted
+
+    def _conflate(self, begins: bool) -> None:
+        """Begin or end conflation: an event, so that a replay does the same at the same place."""
+        link = self._link
+        link.conflating = begins
+        self._conflations += begins
+        every_ns = self.config.overload.conflate_every_ns if begins else 0
+        text = f"{link.lag_ns / 1e9:.3f} s behind" if begins else "no message waits any more"
+        event = Control(CONFLATION, self.now_ns(), "engine", text, every_ns)
+        self._take_now(tape.CONTROL, event.encode())
 
     def _record_late(self, at: int, slot: int, recv_ns: int) -> int:
         """Put what only the clock knew before the record that it is about, as a replay needs it."""
@@ -336,7 +353,13 @@ class Daemon:
 
     def _publish_state(self) -> None:
         self._state_seq += 1
-        self.publisher.publish(state.STATE_TOPIC, state.encode_state(self.state_values()))
+        values = self.state_values()
+        self.publisher.publish(state.STATE_TOPIC, state.encode_state(values))
+        self._lag_max_ns = max(self._lag_max_ns, values["lag_ns"])
+        self._link.forget_lag()
+
+    def _malformed(self) -> int:
+        return self._link.malformed + sum(feed.malformed for feed in self._feeds)
 
     def state_values(self) -> dict[str, Any]:
         """The fields of EngineState as they are now."""
@@ -352,11 +375,11 @@ class Daemon:
             "lost": counters["lost"],
             "duplicates": counters["duplicates"],
             "gaps": counters["gaps"],
-            "rejected": counters["rejected"] + sum(feed.malformed for feed in self._feeds),
+            "rejected": counters["rejected"] + self._malformed(),
             "instruments": len(self.pipeline.names),
             "synced": self.pipeline.synced(),
-            "latency_p50_ns": latency.quantile(self.latency, 0.50),
-            "latency_p99_ns": latency.quantile(self.latency, 0.99),
+            "latency_p50_ns": latency.quantile(self._link.latencies, 0.50),
+            "latency_p99_ns": latency.quantile(self._link.latencies, 0.99),
             "code_hash": code_hash(),
             "model_hash": pipeline.trust.model_hash,
             "config_hash": config_hash(self.config),
@@ -369,6 +392,9 @@ class Daemon:
             "shadow_missed": 0 if shadow is None else shadow.missed,
             "disagreements": pipeline.trust.disagreements,
             "swaps": pipeline.trust.swaps,
+            "lag_ns": self._link.longest_lag_ns,
+            "conflations": self._conflations,
+            "conflating": self._link.conflating,
             **(dict.fromkeys(STAT_NAMES, 0.0) if shadow is None else shadow.stats),
         }
 
@@ -379,31 +405,31 @@ class Daemon:
         for number in (os_signal.SIGINT, os_signal.SIGTERM):
             loop.add_signal_handler(number, stopped.set)
         loop.add_signal_handler(os_signal.SIGUSR1, self.oversight.halt, "signal", "SIGUSR1")
+        if self.config.loop.core >= 0:
+            cores.keep_to(self.config.loop.core)
         gc.collect()
         gc.freeze()
         gc.disable()
         # A thread that opens a candidate gives the interpreter back this soon.
         sys.setswitchinterval(SWITCH_S)
 
-        going_on: set[FeedConnection] = set()
+        going_on = False
 
-        def on_feed(feed: FeedConnection) -> None:
+        def on_feed() -> None:
             # One turn at a time: a busy feed would gain another with each wake-up, and everything
             # else would wait for all of them.
-            if feed not in going_on:
-                go_on(feed)
+            if not going_on:
+                go_on()
 
-        def go_on(feed: FeedConnection) -> None:
-            if self._drain(feed):
-                going_on.add(feed)
-                loop.call_soon(go_on, feed)
-            else:
-                going_on.discard(feed)
+        def go_on() -> None:
+            nonlocal going_on
+            going_on = self._drain()
+            if going_on:
+                loop.call_soon(go_on)
 
         def on_slow_poll() -> None:
             # The FDs are edge-triggered: a missed edge costs at most this long.
-            for feed in self._feeds:
-                on_feed(feed)
+            on_feed()
             self._take_answers()
             self.publisher.serve_joins()
             if self._stop:
@@ -417,7 +443,7 @@ class Daemon:
 
         timers = [loop.call_soon(on_slow_poll), loop.call_soon(on_timer)]
         for feed in self._feeds:
-            loop.add_reader(feed.sub_fd, on_feed, feed)
+            loop.add_reader(feed.sub_fd, on_feed)
             if feed.dealer is not None:
                 loop.add_reader(feed.dealer_fd, self._take_answers)
         loop.add_reader(self.publisher.fd, self.publisher.serve_joins)
@@ -426,8 +452,7 @@ class Daemon:
             if self.config.loop.busy_poll:
                 deadline = self.now_ns() + int(seconds * 1e9)
                 while not stopped.is_set() and (seconds <= 0 or self.now_ns() < deadline):
-                    for feed in self._feeds:
-                        self._drain(feed)
+                    self._drain(self.config.loop.spin_ns)
                     await asyncio.sleep(0)
             elif seconds > 0:
                 async with asyncio.timeout(seconds):
@@ -447,6 +472,7 @@ class Daemon:
             loop.remove_reader(self.publisher.fd)
             gc.enable()
             gc.unfreeze()
+            cores.let_go()
         self._publish_state()
         return self.totals()
 
@@ -471,9 +497,11 @@ class Daemon:
             shadow_answers=values["shadow_answers"],
             disagreements=values["disagreements"],
             swaps=values["swaps"],
+            conflations=self._conflations,
+            lag_max_ms=max(self._lag_max_ns, values["lag_ns"]) / 1e6,
             latency_p50_us=values["latency_p50_ns"] / 1e3,
             latency_p99_us=values["latency_p99_ns"] / 1e3,
-            latency_max_us=latency.quantile(self.latency, 1.0) / 1e3,
+            latency_max_us=latency.quantile(self._link.latencies, 1.0) / 1e3,
             collections=self._collections,
             tape=str(path),
             tape_records=0 if self._recorder is None else self._recorder.records,
@@ -486,7 +514,6 @@ class Daemon:
     def close(self) -> None:
         """Close the tape and every socket. Closing twice is fine."""
         if self._recorder is not None:
-            self._view, self._arena = memoryview(b""), None
             self._recorder.close()
             self._recorder = None
         for feed in self._feeds:

@@ -17,7 +17,7 @@ SEVERITIES: Final = ("none", "info", "warning", "critical")
 _HEADER: Final = struct.Struct("<HHHH")
 _GROUP: Final = struct.Struct("<HH")
 _SIGNAL: Final = struct.Struct("<16s32sQQQQqBBBBBBHI4xqqQQQI4xQQqqq16s")
-_STATE: Final = struct.Struct("<QQqQQQQQQQIIqqQQQQBB6xQQQQQQffff")
+_STATE: Final = struct.Struct("<QQqQQQQQQQIIqqQQQQBB6xQQQQQQffffqQB7x")
 _ALERT: Final = struct.Struct("<QQq16s32sB7x128s")
 assert _SIGNAL.size == wire.SIGNAL_BLOCK
 assert _STATE.size == wire.ENGINE_STATE_BLOCK
@@ -120,7 +120,8 @@ class EngineState(msgspec.Struct):
 
     ``mode`` is INT8, FP32 or HALTED; ``divergence_*`` the greatest difference of a score between
     both models, of all inferences that the shadow answered; ``drift`` the worst population
-    stability index of an input.
+    stability index of an input; ``lag_ns`` the longest lag behind the market since the state
+    before. ``conflating`` says that messages come too fast for a signal each.
     """
 
     kind: ClassVar[str] = "state"
@@ -155,6 +156,9 @@ class EngineState(msgspec.Struct):
     divergence_p99: float
     divergence_max: float
     drift: float
+    lag_ns: int
+    conflations: int
+    conflating: bool
 
 
 class Alert(msgspec.Struct):
@@ -190,6 +194,7 @@ def decode(payload: bytes) -> Message | None:
         values = list(_STATE.unpack_from(payload, wire.HEADER_BYTES))
         values[_AT_MODE] = _name(trust.MODES, values[_AT_MODE])
         values[_AT_MODE + 1] = _name(trust.SHADOW_STATES, values[_AT_MODE + 1])
+        values[-1] = bool(values[-1])
         return EngineState(*values)
     if template == wire.ALERT and block >= wire.ALERT_BLOCK:
         epoch, seq, now_ns, venue, symbol, severity, text = _ALERT.unpack_from(

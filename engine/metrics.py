@@ -33,11 +33,13 @@ _COUNTERS: Final = {
     "shadow_missed": "Inferences that the shadow had no room for.",
     "disagreements": "Shadow answers of another class.",
     "swaps": "Models that took over.",
+    "conflations": "Times that messages came too fast for a signal each.",
     "drift_alerts": "Drift alarms that began.",
 }
 _GAUGES: Final = {
     "instruments": "Instruments followed.",
     "synced": "Instruments with a whole book.",
+    "conflating": "1 while messages come too fast for a signal each.",
     "drift": "Worst population stability index of an input: to look at, not to alarm by.",
     "drift_alarms": "Drift alarms that stand: inputs, layers, divergence.",
 }
@@ -86,6 +88,9 @@ class _Collector:
             for quantile, value in zip(("0.5", "0.99"), pair, strict=True):
                 by_output.add_metric([output, quantile], value)
         yield by_output
+        yield GaugeMetricFamily(
+            "octick_lag_seconds", "Longest lag behind the market.", value=values["lag_ns"] / 1e9
+        )
         yield latency
         yield divergence
         yield InfoMetricFamily(

@@ -12,7 +12,7 @@ config names its instruments changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -30,7 +30,7 @@ from engine.model_input import RUN, SEEN_ROWS, new_norm, set_norm
 from engine.recent import remember
 from engine.serving import Loaded
 from engine.trust import REASONS
-from engine.trust_events import ARM, Control, decode_event
+from engine.trust_events import ARM, CONFLATION, Control, decode_event
 from engine.trust_keeper import Load, TrustKeeper
 from feeds import codec, sync, wire
 from feeds.errors import InputError
@@ -102,6 +102,10 @@ class Pipeline:
         State of the controls; see `engine.controls`.
     seen : ndarray
         What the model's inputs were before; see `engine.model_input`.
+    handles : ndarray of int64
+        Of all arrays, in the order in which `engine.answering.serve` takes them.
+    clip : float
+        Of the model's input.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class Pipeline:
             features.reset(self._fi[slot], self._ff[slot])
         self._track: Final = np.zeros((n, kernel.TRACK_FIELDS), dtype=np.int64)
         self._shared: Final = np.zeros(kernel.SHARED_FIELDS, dtype=np.int64)
+        self._shared[kernel.RELEASE_SLOT] = n
         self._params: Final = np.zeros(kernel.PARAM_FIELDS, dtype=np.int64)
         self._params[kernel.TRIGGER] = kernel.TRIGGERS[config.trigger.kind]
         self._params[kernel.EVERY_EVENTS] = config.trigger.every_events
@@ -157,7 +162,7 @@ class Pipeline:
         self._facts: Final = np.zeros(signals.FACT_FIELDS, dtype=np.int64)
         self.vector: Final = np.zeros(width, dtype=np.float64)
         self._norm: Final = new_norm(width, bundle)
-        self._clip = float("inf") if bundle is None else bundle.clip
+        self.clip = float("inf") if bundle is None else bundle.clip
         self.seen: Final = np.zeros((n, SEEN_ROWS, width), dtype=np.float32)
         self.x: Final = np.zeros((1, width), dtype=np.float32)
         self._x_bytes: Final = self.x.reshape(-1).view(np.uint8)
@@ -232,7 +237,7 @@ class Pipeline:
             *(self._limits_i, self._limits_f, recent.about, recent.vectors, recent.outputs),
             *(self._native, np.zeros(0, dtype=np.int64), self._round, self._out),
         )
-        self._handles: Final = new_handles(self._served_by)
+        self.handles: Final = new_handles(self._served_by)
         self.served: memoryview = _NOTHING
 
     def advance(self, buf: np.ndarray, at: int, stop: int) -> int:
@@ -258,7 +263,7 @@ class Pipeline:
         return at
 
     def _advance(self, buf: np.ndarray, at: int, stop: int) -> int:
-        after: int = kernel.advance(buf, at, stop, *self._state, self._clip, *self._input)
+        after: int = kernel.advance(buf, at, stop, *self._state, self.clip, *self._input)
         return after
 
     def serve(
@@ -286,18 +291,33 @@ class Pipeline:
             Where to go on. `served` then holds the signals, one behind the other; there may be
             none.
         """
-        serving = self.trust.serving
-        native = None if serving is None or self.trust.late else serving.native_model()
-        if native is None:
-            at = self.advance(buf, at, stop)
-            self.served = self.answer(clock) if self.fired else _NOTHING
-            return at
-        if native is not self._native_of:
+        self.prepare(clock is not None, offset_ns)
+        room = SERVED_BYTES if clock is None else self.signal_bytes
+        at = answering.serve(self.handles, buf, at, stop, self.clip, room)
+        self.finish(buf)
+        if self.fired:
+            self.served = self.answer(clock)
+        return at
+
+    def prepare(self, live: bool, offset_ns: int = 0) -> None:
+        """Tell the kernels who answers from here on, before `answering.serve` runs.
+
+        Parameters
+        ----------
+        live : bool
+            Emission and inferences are timed by the clock.
+        offset_ns : int
+            From the monotonic clock to time since the epoch.
+        """
+        keeper, told = self.trust, self._told
+        serving = keeper.serving
+        native = None if serving is None or keeper.late else serving.native_model()
+        told[answering.NATIVE] = native is not None
+        if native is not None and native is not self._native_of:
             self._native_of = native
             addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
             self._native[:] = (native.step, *addresses, *native[1:4])
-            set_handle(self._handles, answering.STATES_HANDLE, native.states)
-        keeper, told = self.trust, self._told
+            set_handle(self.handles, answering.STATES_HANDLE, native.states)
         failover = keeper.failover
         told[answering.TICKET] = self.ticket
         told[answering.BLOCKED] = trust.REASON_HALTED if failover.mode == trust.MODE_HALTED else 0
@@ -305,36 +325,49 @@ class Pipeline:
         told[answering.NUMERICS] = keeper.numerics
         told[answering.SHADOW] = failover.shadow
         told[answering.MODE] = failover.serving
-        told[answering.LIVE] = clock is not None
+        told[answering.LIVE] = live
         told[answering.OFFSET_NS] = offset_ns
-        room = SERVED_BYTES if clock is None else self.signal_bytes
-        at = answering.serve(self._handles, buf, at, stop, self._clip, room)
-        self.fired = False
+
+    def finish(self, buf: np.ndarray) -> None:
+        """Take over what `answering.serve` did, and do what it left: `served`, rules, events.
+
+        `fired` afterwards says whether a signal is due that only `answer` can answer.
+
+        Parameters
+        ----------
+        buf : ndarray of uint8
+            What it ran over.
+        """
+        keeper, told = self.trust, self._told
+        due = self._shared[kernel.FIRED_SLOT]
         n = told[answering.SIGNALS]
-        if n == 0:
-            self.served = _NOTHING
-        else:
-            self.served = self._out_view[: n * self.signal_bytes]
-            self.ticket = told[answering.TICKET]
+        self.fired = bool(due >= 0) and told[answering.NATIVE] == 0
+        self.served = _NOTHING if n == 0 else self._out_view[: n * self.signal_bytes]
+        if n > 0:
+            self.count(n, told[answering.TRADABLE], told[answering.SUPPRESSED :])
             self.fresh = bool(told[answering.NEW_STREAM])
             self.late_ns = told[answering.LATE_NS]
-            self.signals += n
-            tradable = told[answering.TRADABLE]
-            self.tradable += tradable
-            if tradable < n:
-                self._count_suppressed()
         judged = told[answering.JUDGE]
         if judged:
             facts = self._facts
             at_ns, check = int(facts[signals.FACT_RECEIVED]), int(facts[signals.FACT_VALUE_CHECK])
             keeper.judge(self.slot, self.ticket, at_ns, judged, check, self.late_ns)
-        elif self._shared[kernel.FIRED_SLOT] == kernel.EVENT_DUE and self._follow:
+        elif due == kernel.EVENT_DUE and self._follow:
             self._take_event(buf)
-        return at
 
-    def _count_suppressed(self) -> None:
-        for bit, name in REASONS:
-            self.suppressed[name] += self._told[answering.SUPPRESSED + bit.bit_length() - 1]
+    def count(self, n: int, tradable: int, suppressed: Sequence[int]) -> None:
+        """Count signals that a kernel answered, and how many had each reason, by its bit."""
+        self.ticket = self._told[answering.TICKET]
+        self.signals += n
+        self.tradable += tradable
+        if tradable < n:
+            for bit, name in REASONS:
+                self.suppressed[name] += suppressed[bit.bit_length() - 1]
+
+    @property
+    def releasing(self) -> bool:
+        """Whether signals that conflation held back may be due, whatever comes next."""
+        return bool(self._shared[kernel.RELEASE_SLOT] < len(self.names))
 
     @property
     def slot(self) -> int:
@@ -438,13 +471,18 @@ class Pipeline:
         event = decode_event(bytes(buf[start : start + length]))
         if isinstance(event, Control) and event.command == ARM:
             controls.rearm(self.guards)
+        elif isinstance(event, Control) and event.command == CONFLATION:
+            self._params[kernel.CONFLATE_NS] = event.value
+            if event.value == 0:
+                self._shared[kernel.RELEASE_SLOT] = 0
+                self._shared[kernel.RELEASE_TIME] = at_ns
         self.trust.take(event, at_ns)
 
     def _take_over(self, bundle: Bundle) -> None:
         """Another model answers from here on."""
         assert len(bundle.classes) == len(self._outputs), "a model of other outputs"
         set_norm(self._norm, bundle)
-        self._clip = bundle.clip
+        self.clip = bundle.clip
         self.seen[:, RUN] = 0.0
         for message in self._messages:
             signals.set_model_hash(message, bundle.model_hash)

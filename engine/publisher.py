@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final
 
+import numpy as np
 import zmq
 from zmq.backend import Socket as BackendSocket
 
@@ -51,8 +52,6 @@ class SignalPublisher:
     ----------
     endpoint : str
         The endpoint in use.
-    sent : int
-        Messages published, resent last values not counted.
     drops : int
         How often a subscriber's full queue was met. That subscriber then loses messages until it
         has caught up, and counts them itself by their sequence numbers; no other is held up.
@@ -79,8 +78,9 @@ class SignalPublisher:
     ) -> None:
         assert send_hwm > 0
         check_endpoint(endpoint, key="publish.endpoint", where="publisher", binds=True)
-        self.sent = self.drops = self.resent = self.joins = self.foreign = 0
+        self._sent = self.drops = self.resent = self.joins = self.foreign = 0
         self._last: dict[bytes, bytes] = {}
+        self._lent: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
         self.register(topics)
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
@@ -118,6 +118,32 @@ class SignalPublisher:
                 found=str(len(self._last)),
             )
 
+    @property
+    def sent(self) -> int:
+        """Messages published, by a kernel too; resent last values not counted."""
+        return self._sent + sum(int(count[0]) for _, count in self._lent.values())
+
+    @property
+    def socket(self) -> zmq.Socket[Any]:
+        """The socket itself, for a kernel that sends by it; see `lend`."""
+        return self._socket
+
+    def lend(self, topics: Iterable[bytes], last: np.ndarray, sent: np.ndarray) -> None:
+        """Let a kernel send some topics' messages by itself.
+
+        Parameters
+        ----------
+        topics : iterable of bytes
+            Registered ones.
+        last : ndarray of uint8, shape (topics, bytes)
+            Where it keeps the last message of each.
+        sent : ndarray of int64, shape (topics,)
+            How many it sent.
+        """
+        for row, topic in enumerate(topics):
+            assert topic in self._last
+            self._lent[topic] = (last[row], sent[row : row + 1])
+
     def publish(self, topic: bytes, payload: bytes | memoryview) -> None:
         """Send one message without waiting, and keep it for who joins later.
 
@@ -131,14 +157,20 @@ class SignalPublisher:
         last = self._last
         assert topic in last, f"{topic!r} is no registered topic"
         payload = bytes(payload)
-        last[topic] = payload
+        if topic in self._lent:
+            row, count = self._lent[topic]
+            row[:] = np.frombuffer(payload, dtype=np.uint8)
+            count[0] += 1
+            self._sent -= 1  # it is counted there
+        else:
+            last[topic] = payload
         socket = self._socket
         try:
             _send(socket, topic, _FIRST)
             _send(socket, payload, _LAST)
         except zmq.Again:
             self._send_lossy(topic, payload)
-        self.sent += 1
+        self._sent += 1
 
     def _send_lossy(self, topic: bytes, payload: bytes) -> None:
         # Only a first frame can meet a full queue: libzmq counts whole messages.
@@ -171,7 +203,11 @@ class SignalPublisher:
             return 0
         starts = tuple(prefixes)
         count = 0
-        for topic, payload in self._last.items():
+        for topic, kept in self._last.items():
+            payload = kept
+            if topic in self._lent:
+                row, sent = self._lent[topic]
+                payload = row.tobytes() if sent[0] else b""
             if payload and topic.startswith(starts):
                 try:
                     self._socket.send_multipart((topic, payload), zmq.NOBLOCK)

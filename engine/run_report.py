@@ -39,8 +39,11 @@ class Reporter:
         )
         self.notice(
             f"received to sent: p50 {totals.latency_p50_us:.1f} µs, "
-            f"p99 {totals.latency_p99_us:.1f} µs, max {totals.latency_max_us:.1f} µs"
+            f"p99 {totals.latency_p99_us:.1f} µs, max {totals.latency_max_us:.1f} µs; "
+            f"longest lag {totals.lag_max_ms:.1f} ms"
         )
+        if totals.conflations:
+            self.notice(f"conflated {totals.conflations:,} times: messages came too fast")
         if totals.shadow_answers or totals.transitions or totals.swaps:
             self.notice(
                 f"{totals.mode}: {totals.transitions:,} moves, {totals.swaps:,} swaps; shadow: "

@@ -21,6 +21,7 @@ from engine import shadow_ring as ring
 from engine.bundle import Bundle
 from engine.child import child_environment
 from engine.config import ShadowConfig
+from engine.cores import beside
 from engine.drift import DriftConfig
 from engine.trust_events import ShadowAnswer
 
@@ -63,9 +64,9 @@ class Shadow:
     health : Health
     why : str
         Of the last loss.
-    missed : int
-        Inferences that the ring had no room for.
     restarts : int
+    handles : ndarray of int64
+        What a kernel hands inferences over by; see `engine.shadow_ring.set_handles`.
     """
 
     def __init__(
@@ -81,11 +82,13 @@ class Shadow:
         self._drift = msgspec.json.encode(drift).decode()
         self._names = names
         self._bundle = bundle
-        self.missed = self.restarts = 0
+        self.restarts = 0
         self.why = ""
         self._n_outputs = bundle.n_outputs
         self._row = np.zeros(ring.META, dtype=np.int64)
-        self._gap = np.zeros(len(names), dtype=bool)
+        self._gate = np.zeros(ring.GATE, dtype=np.int64)
+        self._behind = np.zeros(len(names), dtype=np.int64)
+        self.handles: Final = ring.no_handles()
         self._process: subprocess.Popen[bytes] | None = None
         self._fd = -1
         self._reload = False
@@ -95,7 +98,7 @@ class Shadow:
     def _set_every(self) -> None:
         # A model with state has to see every step.
         state = self._bundle.state("int8") or self._bundle.state("fp32")
-        self._every = 1 if state else self._config.every
+        self._gate[ring.EVERY] = 1 if state else self._config.every
 
     def _start(self, now_ns: int) -> None:
         self._ring, self._fd = ring.ShadowRing.make(
@@ -105,7 +108,7 @@ class Shadow:
         shape = (self._config.max_waiting, self._bundle.n_features, self._n_outputs)
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "engine.shadow_worker"),
+                *(*beside(), sys.executable, "-m", "engine.shadow_worker"),
                 *(str(os.getpid()), str(self._fd)),
                 *(str(number) for number in shape),
                 *(str(self._bundle.path), self._drift),
@@ -118,8 +121,19 @@ class Shadow:
         self.health = Health.STARTING
         self._began_ns = self._progress_ns = now_ns
         self._done = 0
-        self._gap[:] = True  # nothing before it was seen
+        self._behind[:] = 1  # nothing before it was seen
         self._reload = False
+        ring.set_handles(self.handles, self._gate, self._behind, self._ring)
+        self._set_gate()
+
+    def _set_gate(self) -> None:
+        self._gate[ring.OPEN] = self.health is Health.UP and not self._reload
+        self._gate[ring.STARTING] = self.health is Health.STARTING
+
+    @property
+    def missed(self) -> int:
+        """Inferences that the ring had no room for, or that came while the shadow was lost."""
+        return int(self._gate[ring.MISSED])
 
     @property
     def pid(self) -> int:
@@ -140,19 +154,11 @@ class Shadow:
 
     def submit(self, ticket: int, slot: int, seq: int, fresh: bool, x: np.ndarray) -> None:
         """Hand over an inference of the hot path, if it is one of the declared share."""
-        if ticket % self._every:
-            return
-        if self.health is not Health.UP or self._reload:
-            self._gap[slot] = True
-            self.missed += self.health is not Health.STARTING
-            return
         area = self._ring
-        flags = ring.FRESH if fresh else ring.GAP if self._gap[slot] else 0
-        if ring.push_request(area.header, area.requests, area.inputs, ticket, slot, seq, flags, x):
-            self._gap[slot] = False
-        else:
-            self._gap[slot] = True
-            self.missed += 1
+        ring.submit(
+            *(self._gate, self._behind, area.header, area.requests, area.inputs),
+            *(ticket, slot, seq, fresh, x),
+        )
 
     def swap(self, bundle: Bundle) -> None:
         """Answer with another bundle, from the next submitted inference on."""
@@ -160,6 +166,7 @@ class Shadow:
         self._set_every()
         self._reload = True
         self._send_reload()
+        self._set_gate()
 
     def _send_reload(self) -> None:
         area = self._ring
@@ -170,7 +177,7 @@ class Shadow:
         area.text = str(self._bundle.path)
         x = np.zeros((1, self._bundle.n_features), dtype=np.float32)
         if ring.push_request(area.header, area.requests, area.inputs, 0, 0, 0, ring.RELOAD, x):
-            self._gap[:] = True
+            self._behind[:] = 1
             self._reload = False
 
     def poll(self, now_ns: int) -> tuple[list[ShadowAnswer | Drifted], Health | None]:
@@ -210,6 +217,7 @@ class Shadow:
                 self._lose(now_ns, f"not ready after {quiet_ns / 1e9:.0f} s")
         elif max(quiet_ns, stuck_ns) > lost_after:
             self._lose(now_ns, f"silent for {max(quiet_ns, stuck_ns) / 1e9:.2f} s")
+        self._set_gate()
         changed = self.health is not before and self.health is not Health.STARTING
         return found, self.health if changed else None
 

@@ -1,4 +1,4 @@
-# Hot path: `push_request`, a free @njit function.
+# Hot path: `submit` and `push_request`, free @njit functions.
 """Two rings in shared memory between the engine and its shadow: requests out, answers back.
 
 Each ring has one writer and one reader and no lock: the writer fills a row and then moves the
@@ -14,8 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
+
+from engine.handles import FIELDS, pointer, set_handle
+from feeds.inner import inner
 
 # Columns of `header`, int64, each counter in a cache line of its own.
 REQUEST_HEAD: Final = 0
@@ -50,6 +53,14 @@ GAP: Final = 2  # a request of this stream before it was dropped
 RELOAD: Final = 4  # no inference: open the bundle that `text` names
 # Flags of an answer, beside `engine.trust_events.SETTLING`.
 ALERT: Final = 256  # no inference: the payload is text
+
+# Columns of the engine's own `gate` to the ring, int64.
+EVERY: Final = 0  # inferences of which one is handed over; 0 = none
+OPEN: Final = 1  # 1 = the shadow is up and has no other bundle to open first
+STARTING: Final = 2  # 1 = it was not up yet: what it does not see is not missed
+MISSED: Final = 3
+GATE: Final = 4
+HANDLES: Final = 5  # gate, behind, header, requests, inputs
 
 TEXT_BYTES: Final = 1_024
 MIN_PAYLOAD_BYTES: Final = 256
@@ -86,6 +97,40 @@ def push_request(header, meta, xs, ticket, slot, seq, flags, x):  # type: ignore
     _fence()
     header[REQUEST_HEAD] += 1
     return True
+
+
+@njit(
+    "void(int64[::1], int64[::1], int64[::1], int64[:,::1], float32[:,::1], int64, int64, int64,"
+    " int64, float32[:,::1])",
+    cache=True,
+)
+def submit(gate, behind, header, meta, xs, ticket, slot, seq, fresh, x):  # type: ignore[no-untyped-def]
+    """Hand over an inference, if it is one of the declared share.
+
+    Parameters
+    ----------
+    gate : ndarray of int64, shape (GATE,)
+    behind : ndarray of int64, shape (instruments,)
+        1 = an inference of this instrument was dropped since the last one handed over.
+    header, meta, xs : ndarray
+        The ring's header, requests and inputs.
+    ticket, slot, seq, fresh : int
+        Inference, instrument, signal, and 1 where its stream starts anew.
+    x : ndarray of float32, shape (1, n_features)
+    """
+    if gate[EVERY] == 0 or ticket % gate[EVERY] != 0:
+        return
+    if gate[OPEN] == 0:
+        behind[slot] = 1
+        if gate[STARTING] == 0:
+            gate[MISSED] += 1
+        return
+    flags = FRESH if fresh != 0 else GAP if behind[slot] != 0 else 0
+    if push_request(header, meta, xs, ticket, slot, seq, flags, x):
+        behind[slot] = 0
+    else:
+        behind[slot] = 1
+        gate[MISSED] += 1
 
 
 @njit("boolean(int64[::1], int64[:,::1], float32[:,::1], int64[::1], float32[:,::1])", cache=True)
@@ -210,6 +255,40 @@ class ShadowRing:
     def waiting(self) -> int:
         """Requests not taken yet."""
         return int(self.header[REQUEST_HEAD] - self.header[REQUEST_TAIL])
+
+
+def no_handles() -> np.ndarray:
+    """Handles of a ring that is not there: nothing is handed over."""
+    return np.zeros(FIELDS * HANDLES, dtype=np.int64)
+
+
+def set_handles(
+    handles: np.ndarray, gate: np.ndarray, behind: np.ndarray, area: ShadowRing
+) -> None:
+    """Let handles stand for a gate, what is behind, and a ring's header, requests and inputs."""
+    arrays = (gate, behind, area.header, area.requests, area.inputs)
+    assert len(arrays) == HANDLES
+    for i, array in enumerate(arrays):
+        set_handle(handles, i, array)
+
+
+@inner("void(int64[::1], int64, int64, int64, int64, float32[:,::1])")
+def submit_by(h, ticket, slot, seq, fresh, x):  # type: ignore[no-untyped-def]
+    """`submit` through the handles of `set_handles`; nothing where they are blank."""
+    if h[0] == 0:
+        return
+    submit(
+        carray(pointer(h[0], np.int64), (h[1],)),
+        carray(pointer(h[5], np.int64), (h[6],)),
+        carray(pointer(h[10], np.int64), (h[11],)),
+        carray(pointer(h[15], np.int64), (h[16], h[17])),
+        carray(pointer(h[20], np.float32), (h[21], h[22])),
+        ticket,
+        slot,
+        seq,
+        fresh,
+        x,
+    )
 
 
 def _size(rows: int, n_features: int, payload: int) -> int:

@@ -21,7 +21,7 @@ def encode_state(values: Mapping[str, float]) -> bytes:
     """An EngineState; ``values`` names every field of `feeds.wire.ENGINE_STATE_DTYPE`."""
     block = np.zeros(1, dtype=wire.ENGINE_STATE_DTYPE)
     for name in wire.ENGINE_STATE_DTYPE.names or ():
-        if name != "padding":
+        if not name.startswith("padding"):
             block[name] = values[name]
     return codec.header(wire.ENGINE_STATE, wire.ENGINE_STATE_BLOCK) + block.tobytes()
 

@@ -24,6 +24,8 @@ class Totals(msgspec.Struct):
     shadow_answers: int
     disagreements: int
     swaps: int
+    conflations: int
+    lag_max_ms: float
     latency_p50_us: float
     latency_p99_us: float
     latency_max_us: float

@@ -29,6 +29,7 @@ INFERENCE_LATE: Final = 18
 DRIFT: Final = 19
 SWAP_REFUSED: Final = 20
 RECALIBRATION: Final = 21
+CONFLATION: Final = 22
 
 COMMAND_NAMES: Final = {
     HALT: "halt",
@@ -43,6 +44,7 @@ COMMAND_NAMES: Final = {
     DRIFT: "drift",
     SWAP_REFUSED: "swap refused",
     RECALIBRATION: "recalibration",
+    CONFLATION: "conflation",
 }
 
 SETTLING: Final = 1  # flag of an answer: the shadow's model state is too young to judge by
@@ -62,7 +64,7 @@ class Control(NamedTuple):
     Attributes
     ----------
     command : int
-        `HALT` to `RECALIBRATION`.
+        `HALT` to `CONFLATION`.
     now_ns : int
         When, by the engine's clock, ns since the UNIX epoch.
     by : str
@@ -70,7 +72,8 @@ class Control(NamedTuple):
     text : str
         Why; of a swap or rollback the bundle's folder.
     value : int
-        Of a late inference, nanoseconds it took; of a drift, rows observed.
+        Of a late inference, nanoseconds it took; of a drift, rows observed; of conflation, the
+        nanoseconds of market time between two signals of an instrument from here on, 0 to end it.
     model_hash : int
         Of a swap or rollback: the model to serve.
     signal_seq, venue, symbol : int, str, str

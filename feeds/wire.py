@@ -20,7 +20,7 @@ from feeds.rawbytes import load_i64, load_u16, load_u32, store_i64, store_u16, s
 
 SCHEMA_PATH: Final = Path(__file__).with_name("schema.xml")
 SCHEMA_ID: Final = 7311
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 # Template ids.
 INSTRUMENT: Final = 1
@@ -50,7 +50,7 @@ CONTROL_BLOCK: Final = 376
 SHADOW_ANSWER_BLOCK: Final = 72
 SIGNAL_BLOCK: Final = 208
 SIGNAL_CANONICAL_BLOCK: Final = 152
-ENGINE_STATE_BLOCK: Final = 208
+ENGINE_STATE_BLOCK: Final = 232
 ALERT_BLOCK: Final = 208
 OUTPUT_BYTES: Final = 4
 MAX_LEVELS_A_GROUP: Final = 65_534  # SBE keeps 65535 of a uint16 for null
@@ -228,6 +228,10 @@ ENGINE_STATE_DTYPE: Final = np.dtype(
         ("divergence_p99", "<f4"),
         ("divergence_max", "<f4"),
         ("drift", "<f4"),
+        ("lag_ns", "<i8"),
+        ("conflations", "<u8"),
+        ("conflating", "u1"),
+        ("padding_2", "V7"),
     ]
 )
 ALERT_DTYPE: Final = np.dtype(

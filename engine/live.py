@@ -1,0 +1,393 @@
+# Hot path: `take_waiting`, a free @njit function.
+"""From the feeds' sockets to the publisher's without Python in between.
+
+`take_waiting` receives a message straight onto the tape, advances and answers over it
+(`engine.answering`), sends the signal that it makes due, records that, and hands the inference to
+the shadow; then the next message, until none waits. It returns for what is rare or needs Python: a
+signal that cannot be sent, that is not about a whole book or that the rules are to see; a model
+that is no compiled one; a full window of the tape; messages that are to be conflated.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import zmq
+from numba import carray, njit
+
+from engine import latency, signals
+from engine.advance import FIRED_SLOT
+from engine.answering import (
+    JUDGE,
+    NEW_STREAM,
+    SIGNALS,
+    SUPPRESSED,
+    TICKET,
+    TRADABLE,
+    serve,
+)
+from engine.config import LimitsConfig, OverloadConfig
+from engine.handles import new_handles, pointer
+from engine.lag import LAG, LONGEST, emptied, new_lag, received
+from engine.pipeline import Pipeline
+from engine.recorder import Recorder
+from engine.shadow_ring import no_handles, submit_by
+from engine.trust import SYNCED
+from feeds import libzmq, tape
+from feeds.inner import inner
+from feeds.libzmq import DONTWAIT, EAGAIN, EINTR, SNDMORE, last_error, more_follows, transfer
+from feeds.monotonic import monotonic_ns
+from feeds.tape import RECORD_HEADER_BYTES, put_record
+
+MAX_TOPIC_BYTES: Final = 256
+
+# Columns of `live`, int64. The first four are those of `feeds.libzmq.functions`.
+PUBLISHER: Final = 4  # address of the socket that signals leave by
+MAX_BYTES: Final = 5  # of a message
+ROOM: Final = 6  # bytes of the tape that one message and its signal may take
+OFFSET_NS: Final = 7  # from the monotonic clock to time since the epoch
+DEADLINE_NS: Final = 8  # monotonic: a turn ends
+LEFT: Final = 9  # messages until a turn ends
+SPIN_UNTIL_NS: Final = 10  # monotonic: how long to look for a message where none waits
+CONFLATE_AFTER_NS: Final = 11  # of lag
+CONFLATING: Final = 12
+FEED: Final = 13  # to look at next
+# What a call leaves.
+POSITION: Final = 14  # of the tape
+RECORDS: Final = 15  # put on it
+RECORD_AT: Final = 16  # of the last message
+RECEIVED_NS: Final = 17  # of the last message
+SENT: Final = 18  # signals
+SENT_TRADABLE: Final = 19
+ERROR: Final = 20  # libzmq's
+TICKET_BEFORE: Final = 21  # inferences before the last message
+SENT_SUPPRESSED: Final = 22  # and behind it: how many had each of 16 reasons
+LIVE_FIELDS: Final = SENT_SUPPRESSED + 16
+
+# Columns of `sockets`, int64.
+SOCKET: Final = 0
+MALFORMED: Final = 1
+SOCKET_FIELDS: Final = 2
+
+# Why a call returned.
+NOTHING_WAITS: Final = 0
+TURN_ENDED: Final = 1
+WINDOW_FULL: Final = 2
+SIGNAL_DUE: Final = 3  # `Pipeline.finish` has it, or `Pipeline.answer` is to make it
+BEHIND: Final = 4  # so far that messages are to be conflated
+CAUGHT_UP: Final = 5
+FAILED: Final = 6
+
+# What `_receive` may give instead of a length.
+_NONE: Final = -1
+_BAD: Final = -2
+_BROKEN: Final = -3
+
+# Places of what is used here among the handles of `answering.serve`.
+_SHARED: Final = 12 * 5
+_FACTS: Final = 14 * 5
+_X: Final = 18 * 5
+_MESSAGES: Final = 20 * 5
+_ROUND: Final = 31 * 5
+_OUT: Final = 32 * 5
+
+
+@inner("int64(int64[::1], int64[::1], uint8[::1], uint8[::1], int64)")
+def _receive(live, socket, scrap, arena, body):  # type: ignore[no-untyped-def]
+    """One message's payload into ``arena[body:]``: its length, or why there is none."""
+    recv, more = live[libzmq.RECV], live[libzmq.GETSOCKOPT]
+    at = socket[SOCKET]
+    got = transfer(recv, at, scrap.ctypes.data, MAX_TOPIC_BYTES, DONTWAIT)
+    if got < 0:
+        live[ERROR] = last_error(live[libzmq.ERRNO])
+        return _NONE if live[ERROR] == EAGAIN or live[ERROR] == EINTR else _BROKEN
+    if more_follows(more, at) == 0:
+        socket[MALFORMED] += 1
+        return _BAD
+    length = transfer(recv, at, arena.ctypes.data + body, live[MAX_BYTES], DONTWAIT)
+    if more_follows(more, at) == 0 and length <= live[MAX_BYTES]:
+        return length
+    while more_follows(more, at) == 1:
+        transfer(recv, at, scrap.ctypes.data, MAX_TOPIC_BYTES, DONTWAIT)
+    socket[MALFORMED] += 1
+    return _BAD
+
+
+@inner("boolean(int64[::1], uint8[:,::1], int64[::1], uint8[:,::1], int64)")
+def _send(live, topics, topic_bytes, last, slot):  # type: ignore[no-untyped-def]
+    """Send an instrument's last signal; False where the socket would make us wait."""
+    send, at = live[libzmq.SEND], live[PUBLISHER]
+    topic = topics.ctypes.data + slot * topics.shape[1]
+    if transfer(send, at, topic, topic_bytes[slot], DONTWAIT | SNDMORE) < 0:
+        return False
+    # Only a first frame can meet a full queue: libzmq counts whole messages.
+    transfer(send, at, last.ctypes.data + slot * last.shape[1], last.shape[1], DONTWAIT)
+    return True
+
+
+@njit("int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64, float64)", cache=True)
+def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no-untyped-def]
+    """Take messages and send signals until none waits or Python has to do something.
+
+    Parameters
+    ----------
+    h : ndarray of int64
+        The pipeline's handles, after `Pipeline.prepare`.
+    live_h : ndarray of int64
+        Handles of what a `LiveLink` holds.
+    shadow_h : ndarray of int64
+        See `engine.shadow_ring.set_handles`.
+    arena : ndarray of uint8
+        A window of the tape.
+    position : int
+        Where the next record goes.
+    clip : float
+        Of the model's input.
+
+    Returns
+    -------
+    int
+        `NOTHING_WAITS` to `FAILED`; ``live`` has the rest.
+    """
+    live = carray(pointer(live_h[0], np.int64), (live_h[1],))
+    sockets = carray(pointer(live_h[5], np.int64), (live_h[6], live_h[7]))
+    topics = carray(pointer(live_h[10], np.uint8), (live_h[11], live_h[12]))
+    topic_bytes = carray(pointer(live_h[15], np.int64), (live_h[16],))
+    last = carray(pointer(live_h[20], np.uint8), (live_h[21], live_h[22]))
+    sent = carray(pointer(live_h[25], np.int64), (live_h[26],))
+    latencies = carray(pointer(live_h[30], np.int64), (live_h[31],))
+    lag = carray(pointer(live_h[35], np.int64), (live_h[36],))
+    scrap = carray(pointer(live_h[40], np.uint8), (live_h[41],))
+    shared = carray(pointer(h[_SHARED], np.int64), (h[_SHARED + 1],))
+    facts = carray(pointer(h[_FACTS], np.int64), (h[_FACTS + 1],))
+    x = carray(pointer(h[_X], np.float32), (h[_X + 1], h[_X + 2]))
+    round = carray(pointer(h[_ROUND], np.int64), (h[_ROUND + 1],))
+    out = carray(pointer(h[_OUT], np.uint8), (h[_OUT + 1],))
+    size = last.shape[1]
+    offset = live[OFFSET_NS]
+    live[POSITION] = position
+    live[RECORDS] = 0
+    live[SENT:] = 0
+    while True:
+        if position + live[ROOM] > len(arena):
+            return WINDOW_FULL
+        length = np.int64(_NONE)
+        for _ in range(len(sockets)):
+            feed = live[FEED]
+            live[FEED] = feed + 1 if feed + 1 < len(sockets) else 0
+            length = _receive(live, sockets[feed], scrap, arena, position + RECORD_HEADER_BYTES)
+            if length != _NONE:
+                break
+        if length == _NONE:
+            now = monotonic_ns()
+            emptied(lag, now)
+            if live[CONFLATING] == 1:
+                return CAUGHT_UP
+            if now >= live[SPIN_UNTIL_NS]:
+                return NOTHING_WAITS
+            continue
+        if length == _BROKEN:
+            return FAILED
+        live[LEFT] -= 1
+        if length == _BAD:
+            if live[LEFT] <= 0:
+                return TURN_ENDED
+            continue
+        now = monotonic_ns()
+        start = position
+        position = put_record(arena, start, tape.MARKET, now + offset, length)
+        live[RECORD_AT] = start
+        live[RECEIVED_NS] = now + offset
+        live[RECORDS] += 1
+        live[POSITION] = position
+        received(lag, arena, start + RECORD_HEADER_BYTES, length, now, offset)
+        live[TICKET_BEFORE] = round[TICKET]
+        serve(h, arena, start, position, clip, size)
+        slot = shared[FIRED_SLOT]
+        if round[SIGNALS] == 0:
+            if slot >= 0:
+                return SIGNAL_DUE
+        else:
+            if round[JUDGE] != 0 or out[signals.AT_BOOK_STATE] != SYNCED:
+                return SIGNAL_DUE
+            for i in range(size):
+                last[slot, i] = out[i]
+            if not _send(live, topics, topic_bytes, last, slot):
+                return SIGNAL_DUE
+            left = monotonic_ns()
+            sent[slot] += 1
+            live[SENT] += 1
+            live[SENT_TRADABLE] += round[TRADABLE]
+            if round[TRADABLE] == 0:
+                for bit in range(16):
+                    live[SENT_SUPPRESSED + bit] += round[SUPPRESSED + bit]
+            body = position + RECORD_HEADER_BYTES
+            for i in range(size):
+                arena[body + i] = out[i]
+            position = put_record(arena, position, tape.SIGNAL, left + offset, size)
+            live[RECORDS] += 1
+            live[POSITION] = position
+            latency.record(latencies, left - now)
+            if round[TICKET] != live[TICKET_BEFORE]:
+                seq = facts[signals.FACT_SIGNAL_SEQ]
+                submit_by(shadow_h, round[TICKET], slot, seq, round[NEW_STREAM], x)
+        if live[CONFLATING] == 0 and lag[LAG] > live[CONFLATE_AFTER_NS] > 0:
+            return BEHIND
+        if live[LEFT] <= 0 or now > live[DEADLINE_NS]:
+            return TURN_ENDED
+
+
+class LiveLink:
+    """The feeds' sockets, the pipeline and the publisher's socket, as `take_waiting` needs them.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+    feeds : list of zmq.Socket
+        SUB sockets; this thread's own.
+    publisher : zmq.Socket
+    topics : list of bytes
+        Of each instrument's signals.
+    limits : LimitsConfig
+    overload : OverloadConfig
+    room : int
+        Bytes of the tape that one message and what follows from it may take.
+    now_ns, offset_ns : int
+        Monotonic time, and from there to time since the UNIX epoch.
+
+    Attributes
+    ----------
+    latencies : ndarray
+        From receipt to sent, see `engine.latency`.
+    last : ndarray of uint8, shape (instruments, signal bytes)
+        The last signal sent of each instrument.
+    sent : ndarray of int64, shape (instruments,)
+        How many were.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        feeds: list[zmq.Socket[bytes]],
+        publisher: zmq.Socket[bytes],
+        topics: list[bytes],
+        limits: LimitsConfig,
+        overload: OverloadConfig,
+        *,
+        room: int,
+        now_ns: int,
+        offset_ns: int,
+    ) -> None:
+        n = len(topics)
+        self._pipeline = pipeline
+        self._live = np.zeros(LIVE_FIELDS, dtype=np.int64)
+        functions = libzmq.functions()
+        self._live[: len(functions)] = functions
+        self._live[PUBLISHER] = publisher.underlying
+        self._live[MAX_BYTES] = limits.max_message_bytes
+        self._live[ROOM] = room
+        self._live[OFFSET_NS] = offset_ns
+        self._live[CONFLATE_AFTER_NS] = overload.conflate_after_ns
+        self._sockets = np.zeros((len(feeds), SOCKET_FIELDS), dtype=np.int64)
+        self._sockets[:, SOCKET] = [feed.underlying for feed in feeds]
+        self._topics = np.zeros((n, MAX_TOPIC_BYTES), dtype=np.uint8)
+        for row, topic in zip(self._topics, topics, strict=True):
+            row[: len(topic)] = np.frombuffer(topic, dtype=np.uint8)
+        self._topic_bytes = np.array([len(topic) for topic in topics], dtype=np.int64)
+        self.last: Final = np.zeros((n, pipeline.signal_bytes), dtype=np.uint8)
+        self.sent: Final = np.zeros(n, dtype=np.int64)
+        self.latencies: Final = latency.new_counts()
+        self._lag = new_lag(now_ns)
+        self._scrap = np.zeros(MAX_TOPIC_BYTES, dtype=np.uint8)
+        self._handles = new_handles(
+            [
+                *(self._live, self._sockets, self._topics, self._topic_bytes),
+                *(self.last, self.sent, self.latencies, self._lag, self._scrap),
+            ]
+        )
+        self._room = room
+        self._told: Final = self._live.data  # a number of it is read three times as fast
+        self._no_shadow: Final = no_handles()
+
+    def begin(self, now_ns: int, limits: LimitsConfig, spin_ns: int = 0) -> None:
+        """Begin a turn at monotonic time ``now_ns``; look for messages for ``spin_ns`` of it."""
+        told = self._told
+        told[LEFT] = limits.max_drain_messages
+        told[DEADLINE_NS] = now_ns + limits.max_drain_ns
+        told[SPIN_UNTIL_NS] = now_ns + spin_ns
+
+    def take(self, recorder: Recorder, shadow: np.ndarray | None) -> int:
+        """Take what waits: see `take_waiting`.
+
+        Parameters
+        ----------
+        recorder : Recorder
+            What messages and signals go onto.
+        shadow : ndarray of int64 or None
+            A shadow's handles.
+
+        Raises
+        ------
+        zmq.ZMQError
+            If a socket fails.
+        """
+        pipeline, told = self._pipeline, self._told
+        arena, at = recorder.room(self._room)
+        pipeline.prepare(True, told[OFFSET_NS])
+        handed_to = self._no_shadow if shadow is None else shadow
+        why: int = take_waiting(
+            pipeline.handles, self._handles, handed_to, arena, at, pipeline.clip
+        )
+        if told[RECORDS]:
+            recorder.advance(told[POSITION], told[RECORDS])
+        if told[SENT]:
+            pipeline.count(told[SENT], told[SENT_TRADABLE], told[SENT_SUPPRESSED:])
+        if why == SIGNAL_DUE:
+            pipeline.finish(arena)
+        elif why == FAILED:
+            raise zmq.ZMQError(told[ERROR])
+        return why
+
+    @property
+    def record_at(self) -> int:
+        """Where on the tape's window the last message stands."""
+        return self._told[RECORD_AT]
+
+    @property
+    def received_ns(self) -> int:
+        """When the last message was received."""
+        return self._told[RECEIVED_NS]
+
+    @property
+    def ticket_before(self) -> int:
+        """Inferences before the last message."""
+        return self._told[TICKET_BEFORE]
+
+    @property
+    def malformed(self) -> int:
+        """Messages dropped because they were not [topic, payload] or were too large."""
+        return int(self._sockets[:, MALFORMED].sum())
+
+    @property
+    def conflating(self) -> bool:
+        """Whether messages are conflated; what tells `take_waiting` when to begin and to end."""
+        return bool(self._told[CONFLATING])
+
+    @conflating.setter
+    def conflating(self, value: bool) -> None:
+        self._told[CONFLATING] = value
+
+    @property
+    def lag_ns(self) -> int:
+        """How far behind the last message was; see `engine.lag`."""
+        return int(self._lag[LAG])
+
+    @property
+    def longest_lag_ns(self) -> int:
+        """The longest lag since `forget_lag`."""
+        return int(self._lag[LONGEST])
+
+    def forget_lag(self) -> None:
+        """Let `longest_lag_ns` begin anew."""
+        self._lag[LONGEST] = self._lag[LAG]
