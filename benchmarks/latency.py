@@ -1,0 +1,311 @@
+"""``octick bench latency``: tick to signal, in the engine and over the wire, beside a plain echo.
+
+Every message makes a signal due (trigger: each event), so that engine and echo answer the same
+messages; recording, value check and shadow are on. The sender follows a schedule and writes the
+time at which each message should leave into it, the receiver holds that against its clock: what
+was late at the start is late at the end. Engine and echo take turns at every load, and ratios are
+those of one turn.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.source_tape import default_tape
+from benchmarks.wire_setup import ECHO, ENGINE, WARM_SHARE, Turn, Wired, wired
+from engine.jitter import Jitter, measure_jitter
+from engine.signals import AT_RECEIVED
+from feeds import tape
+from feeds.errors import InputError
+from feeds.tape_reader import TapeReader
+
+TRANSPORTS: Final = ("ipc", "tcp")
+RATES: Final = (1_000, 10_000, 50_000)
+RECORDED: Final = 0  # as a rate: the recording's own arrival times
+JITTER_S: Final = 1.0
+HEADLINE: Final = ("ipc", 1_000)
+
+
+class Quantiles(msgspec.Struct, frozen=True):
+    """Of a latency, in microseconds; medians over the turns. ``n`` counts all turns."""
+
+    p50_us: float
+    p99_us: float
+    p999_us: float
+    max_us: float
+    n: int
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """One transport at one load.
+
+    ``in_process`` is from message received to signal sent, ``wire`` and ``echo`` from when a
+    message should leave its publisher to its signal's receipt. ``late_p99_us`` is how late the
+    sender itself was; ``lost`` counts signals that did not arrive.
+    """
+
+    transport: str
+    load: str
+    offered_per_s: float
+    in_process: Quantiles
+    wire: Quantiles
+    echo: Quantiles
+    wire_over_echo_p50: float
+    wire_over_echo_p99: float
+    late_p99_us: float
+    lost: int
+    echo_lost: int
+
+
+class LatencyBench(msgspec.Struct, frozen=True):
+    """Result of ``octick bench latency``; the first figures are those of `HEADLINE`."""
+
+    in_process: Quantiles
+    wire: Quantiles
+    echo: Quantiles
+    jitter: Quantiles
+    wire_over_echo_p50: float
+    wire_over_echo_p99: float
+    cells: list[Cell]
+    backend: str
+    source: str
+    runs: int
+    seconds: float
+    busy_poll: bool
+    totals: list[dict[str, Any]]
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+
+def bench_latency(
+    path: Path | None,
+    *,
+    transports: Sequence[str] = TRANSPORTS,
+    rates: Sequence[int] = (*RATES, RECORDED),
+    runs: int = 3,
+    seconds: float = 3.0,
+    model: Path = REFERENCE,
+    backend: str = "compiled",
+    busy_poll: bool = False,
+    progress: Callable[[str], Any] = lambda _: None,
+) -> LatencyBench:
+    """Measure on a tape of one instrument, by default the recording, else a simulated market.
+
+    Parameters
+    ----------
+    path : Path or None
+    transports : sequence of str
+    rates : sequence of int
+        Messages a second; `RECORDED` are the tape's own arrival times.
+    runs : int
+        Turns of engine and echo at each load.
+    seconds : float
+        Of each turn.
+    model, backend
+        What answers.
+    busy_poll : bool
+        Let the engine never sleep.
+    progress : callable
+        Told what is going on.
+
+    Raises
+    ------
+    InputError
+        If the tape or the bundle cannot be used, or a process does not start.
+    """
+    cells, totals = [], []
+    sections = f"[loop]\nbusy_poll = {str(busy_poll).lower()}\n"
+    with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
+        progress("preparing the tape")
+        source, name = (path, "given") if path is not None else default_tape(Path(folder))
+        arrivals = _arrivals(source)
+        progress("measuring the host")
+        jitter = [measure_jitter(JITTER_S)]
+        for transport in transports:
+            progress(f"{transport}: starting the engine")
+            with wired(transport, source, model, backend, sections) as on:
+                turns: dict[int, list[tuple[Turn, Turn]]] = {rate: [] for rate in rates}
+                for rate in rates:
+                    schedule = _schedule(rate, seconds, arrivals)
+                    for run in range(runs):
+                        progress(f"{transport}, {_load(rate)}: run {run + 1} of {runs}")
+                        turns[rate].append(_turns(on, schedule, engine_first=run % 2 == 0))
+                jitter.append(measure_jitter(JITTER_S))
+                on.finish()
+                totals.append(on.totals)
+                inside = _inside(on.tape)
+            for rate, pairs in turns.items():
+                offered = len(_schedule(rate, seconds, arrivals)) / seconds
+                cells.append(_cell(transport, rate, offered, pairs, inside))
+    first = next(
+        (one for one in cells if (one.transport, one.load) == (HEADLINE[0], _load(HEADLINE[1]))),
+        cells[0],
+    )
+    return LatencyBench(
+        in_process=first.in_process,
+        wire=first.wire,
+        echo=first.echo,
+        jitter=_jitter(jitter),
+        wire_over_echo_p50=first.wire_over_echo_p50,
+        wire_over_echo_p99=first.wire_over_echo_p99,
+        cells=cells,
+        backend=backend,
+        source=name,
+        runs=runs,
+        seconds=seconds,
+        busy_poll=busy_poll,
+        totals=totals,
+        machine=machine(),
+        versions=versions(),
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _load(rate: int) -> str:
+    return "as recorded" if rate == RECORDED else f"{rate:,}/s"
+
+
+def _arrivals(source: Path) -> np.ndarray:
+    """Receive times of a tape's market messages, ns from the first."""
+    reader = TapeReader(source)
+    if len(reader.meta.instruments) != 1:
+        raise InputError(
+            "a tape of several instruments",
+            where=str(source),
+            expected="one of one instrument, so that every message answers for itself",
+            found=str(len(reader.meta.instruments)),
+        )
+    times = [record.recv_ns for record in reader.records() if record.kind == tape.MARKET]
+    found = np.array(times, dtype=np.int64)
+    return found - found[0]
+
+
+def _schedule(rate: int, seconds: float, arrivals: np.ndarray) -> np.ndarray:
+    """When messages leave, ns from now: evenly, or as in the recording's busiest stretch."""
+    if rate != RECORDED:
+        return (np.arange(round(rate * seconds)) * (1e9 / rate)).astype(np.int64)
+    span = round(seconds * 1e9)
+    ends = np.searchsorted(arrivals, arrivals + span)
+    first = int(np.argmax(ends - np.arange(len(arrivals))))
+    busiest: np.ndarray = arrivals[first : ends[first]] - arrivals[first]
+    return busiest
+
+
+def _turns(on: Wired, schedule: np.ndarray, *, engine_first: bool) -> tuple[Turn, Turn]:
+    if engine_first:
+        return on.turn(ENGINE, schedule), on.turn(ECHO, schedule)
+    echoed = on.turn(ECHO, schedule)
+    return on.turn(ENGINE, schedule), echoed
+
+
+def _inside(recording: Path) -> np.ndarray:
+    """When each signal of a tape was sent, and what that took since its message: int64 (n, 2)."""
+    rows = [
+        (record.recv_ns, int.from_bytes(record.payload[AT_RECEIVED : AT_RECEIVED + 8], "little"))
+        for record in TapeReader(recording).records()
+        if record.kind == tape.SIGNAL
+    ]
+    found = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    found[:, 1] = found[:, 0] - found[:, 1]
+    return found
+
+
+def _quantiles(turns: Sequence[np.ndarray]) -> Quantiles:
+    """Medians over the turns; NaN where nothing arrived."""
+    rows = [
+        np.percentile(took, (50, 99, 99.9, 100)) / 1e3 if len(took) else np.full(4, np.nan)
+        for took in turns
+    ]
+    middle = np.median(np.array(rows), axis=0)
+    return _rounded(middle, sum(len(took) for took in turns))
+
+
+def _rounded(values: np.ndarray, n: int) -> Quantiles:
+    p50, p99, p999, most = (round(float(x), 3) for x in values)
+    return Quantiles(p50, p99, p999, most, n)
+
+
+def _cell(
+    transport: str,
+    rate: int,
+    offered: float,
+    pairs: Sequence[tuple[Turn, Turn]],
+    inside: np.ndarray,
+) -> Cell:
+    within = []
+    for ours, _ in pairs:
+        during = inside[(inside[:, 0] >= ours.began_ns) & (inside[:, 0] <= ours.ended_ns), 1]
+        within.append(during[round(WARM_SHARE * len(during)) :])
+    ratios = [
+        np.percentile(ours.took, (50, 99)) / np.percentile(echoed.took, (50, 99))
+        for ours, echoed in pairs
+        if len(ours.took) and len(echoed.took)
+    ]
+    p50, p99 = np.median(np.array(ratios), axis=0) if ratios else (np.nan, np.nan)
+    return Cell(
+        transport=transport,
+        load=_load(rate),
+        offered_per_s=round(offered, 1),
+        in_process=_quantiles(within),
+        wire=_quantiles([ours.took for ours, _ in pairs]),
+        echo=_quantiles([echoed.took for _, echoed in pairs]),
+        wire_over_echo_p50=round(float(p50), 3),
+        wire_over_echo_p99=round(float(p99), 3),
+        late_p99_us=round(float(np.median([ours.late_p99_us for ours, _ in pairs])), 2),
+        lost=sum(ours.lost for ours, _ in pairs),
+        echo_lost=sum(echoed.lost for _, echoed in pairs),
+    )
+
+
+def _jitter(measured: Sequence[Jitter]) -> Quantiles:
+    rows = [(one.p50_ns, one.p99_ns, one.p999_ns, one.max_ns) for one in measured]
+    middle = np.median(np.array(rows), axis=0) / 1e3
+    return _rounded(middle, sum(one.readings for one in measured))
+
+
+def show(result: LatencyBench) -> None:
+    """Print the result as a table."""
+    from rich.table import Table
+
+    from feeds.output import wide_console
+
+    table = Table(
+        *("", "load", "in process p50", "p99", "wire p50", "p99", "echo p50", "p99"),
+        *("wire ÷ echo p50", "p99", "lost"),
+        title=f"octick bench latency, µs, {result.backend}, medians of {result.runs} runs",
+    )
+    for cell in result.cells:
+        numbers = [
+            value
+            for one in (cell.in_process, cell.wire, cell.echo)
+            for value in (one.p50_us, one.p99_us)
+        ]
+        table.add_row(
+            *(cell.transport, cell.load, *(f"{value:,.1f}" for value in numbers)),
+            *(f"{cell.wire_over_echo_p50:.2f}", f"{cell.wire_over_echo_p99:.2f}"),
+            f"{cell.lost:,}" + (f" (echo {cell.echo_lost:,})" if cell.echo_lost else ""),
+        )
+    console = wide_console()
+    console.print(table)
+    jitter = result.jitter
+    console.print(
+        f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording, "
+        "value check and shadow on"
+    )
+    console.print(
+        f"host jitter: p50 {jitter.p50_us:.2f} µs, p99 {jitter.p99_us:.2f} µs, max "
+        f"{jitter.max_us:,.0f} µs; {result.machine['cpu']}; "
+        + ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    )
+    console.print(f"commit {result.commit or 'none'}, {result.date}")

@@ -1,0 +1,70 @@
+"""``octick bench latency``. Heavy imports stand inside the functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_TRANSPORTS = ("ipc", "tcp")
+
+
+@click.command()
+@click.argument("tape", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--transport",
+    "transports",
+    type=click.Choice(_TRANSPORTS),
+    multiple=True,
+    help="Default: both.",
+)
+@click.option(
+    "--rate",
+    "rates",
+    type=click.IntRange(0, 1_000_000),
+    multiple=True,
+    help="Messages a second, 0 for the recorded arrival times. Default: 1000, 10000, 50000, 0.",
+)
+@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.2, 600), default=3.0, show_default=True)
+@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
+@click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
+@click.option("--busy-poll", is_flag=True, help="The engine never sleeps.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def latency(
+    tape: Path | None,
+    transports: tuple[str, ...],
+    rates: tuple[int, ...],
+    runs: int,
+    seconds: float,
+    model: Path | None,
+    backend: str,
+    busy_poll: bool,
+    as_json: bool,
+) -> None:
+    """Tick to signal: in the engine, over the wire, and beside a plain ZeroMQ echo.
+
+    Without TAPE with the messages of the recording in OCTICK_DATA, or of a simulated market.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.latency import RATES, RECORDED, TRANSPORTS, bench_latency, show
+    from benchmarks.provenance import REFERENCE
+
+    with Console(stderr=True).status("measuring") as status:
+        result = bench_latency(
+            tape,
+            transports=transports or TRANSPORTS,
+            rates=rates or (*RATES, RECORDED),
+            runs=runs,
+            seconds=seconds,
+            model=model or REFERENCE,
+            backend=backend,
+            busy_poll=busy_poll,
+            progress=status.update,
+        )
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)

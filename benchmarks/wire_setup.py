@@ -1,0 +1,184 @@
+"""Sender, engine, echo and receivers over one transport, for ``octick bench latency``."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from benchmarks.processes import Lines, children, last_json, octick, stop
+from benchmarks.provenance import ROOT
+from engine.bundle import load_bundle
+from engine.signals import AT_OUTPUTS
+from feeds import codec
+from feeds.errors import InputError
+from feeds.tape_reader import TapeReader
+from feeds.wire import OUTPUT_BYTES
+
+WARM_SHARE: Final = 0.1  # of each turn, not counted
+BEGIN_S: Final = 20.0
+IDLE_S: Final = 1.0
+REST_S: Final = 0.3  # between turns, so that each signal belongs to one
+ENGINE: Final = 0
+ECHO: Final = 1
+
+
+class Turn(NamedTuple):
+    """One load sent once to one of both: latencies in ns, and when it was, by the wall clock."""
+
+    took: np.ndarray
+    lost: int
+    late_p99_us: float
+    began_ns: int
+    ended_ns: int
+
+
+class _End:
+    """A process of `benchmarks.wire_ends`: commands in, answers out, an object a line."""
+
+    def __init__(self, alive: list[subprocess.Popen[str]], *arguments: str) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.wire_ends", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        alive.append(self.child)
+
+    def tell(self, **command: Any) -> None:
+        """Send a command."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps(command) + "\n")
+        self.child.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for an answer."""
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            raise InputError("a process of the benchmark ended", where="benchmarks.wire_ends")
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+
+class Wired:
+    """All that is on a wire; use `wired`.
+
+    Attributes
+    ----------
+    tape : Path
+        What the engine records.
+    totals : dict
+        The engine's closing line, once it has stopped.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: subprocess.Popen[str],
+        lines: Lines,
+        sender: _End,
+        receivers: Sequence[_End],
+    ) -> None:
+        self.tape = folder / "session.tape"
+        self.totals: dict[str, Any] = {}
+        self._folder = folder
+        self._engine = engine
+        self._lines = lines
+        self._sender = sender
+        self._receivers = receivers
+
+    def finish(self) -> None:
+        """Stop the engine, take its totals."""
+        stop(self._engine)
+        self.totals = last_json(self._lines.finish(), "octick run")
+
+    def turn(self, to: int, schedule_ns: np.ndarray) -> Turn:
+        """Send a load to engine or echo, and time what comes back."""
+        schedule, out = self._folder / "schedule.npy", self._folder / "took.npy"
+        np.save(schedule, schedule_ns)
+        receiver = self._receivers[to]
+        receiver.tell(count=len(schedule_ns), idle_s=IDLE_S, begin_s=BEGIN_S, out=str(out))
+        receiver.hear()
+        time.sleep(REST_S)
+        began_ns = time.time_ns()
+        self._sender.tell(to=to, schedule=str(schedule))
+        sent = self._sender.hear()
+        received = receiver.hear()["received"]
+        ended_ns = time.time_ns()
+        took = np.load(out)
+        skip = round(WARM_SHARE * len(took))
+        lost = len(schedule_ns) - received
+        return Turn(took[skip:], lost, sent["late_p99_us"], began_ns, ended_ns)
+
+
+@contextmanager
+def wired(
+    transport: str, source: Path, model: Path, backend: str, sections: str
+) -> Iterator[Wired]:
+    """Start all processes.
+
+    Parameters
+    ----------
+    transport : str
+        ``ipc`` or ``tcp``.
+    source : Path
+        A tape of one instrument, whose messages are sent.
+    model : Path
+    backend : str
+        What runs it.
+    sections : str
+        More of the engine's config, in TOML.
+    """
+    meta = TapeReader(source).meta.instruments[0]
+    topic = codec.topic("signal", meta.venue, meta.symbol).decode()
+    signal_bytes = AT_OUTPUTS + OUTPUT_BYTES * load_bundle(model).n_outputs
+    with tempfile.TemporaryDirectory(prefix="octick-bench-") as name, children() as alive:
+        folder = Path(name)
+        feed, echo_feed, signals, echoed = _endpoints(transport, folder)
+        config = folder / "engine.toml"
+        config.write_text(
+            f'[[feed]]\nendpoint = "{feed}"\n'
+            f'[[instrument]]\nvenue = "{meta.venue}"\nsymbol = "{meta.symbol}"\n'
+            f'[model]\nbundle = "{model}"\nbackend = "{backend}"\n'
+            f'[publish]\nendpoint = "{signals}"\n'
+            f'[tape]\npath = "{folder / "session.tape"}"\n'
+            f'[trigger]\nkind = "events"\nevery_events = 1\n[shadow]\nevery = 1\n{sections}'
+        )
+        sender = _End(alive, "send", str(source), feed, echo_feed)
+        sender.hear()
+        engine = octick("run", str(config), "--json")
+        alive.append(engine)
+        assert engine.stdout is not None
+        assert engine.stderr is not None
+        lines = Lines(engine.stdout)
+        Lines(engine.stderr).wait_for("READY", engine, "octick run")
+        _End(alive, "echo", echo_feed, echoed, topic, str(signal_bytes)).hear()
+        receivers = [_End(alive, "receive", endpoint) for endpoint in (signals, echoed)]
+        for receiver in receivers:
+            receiver.hear()
+        yield Wired(folder, engine, lines, sender, receivers)
+
+
+def _endpoints(transport: str, folder: Path) -> list[str]:
+    if transport == "ipc":
+        return [f"ipc://{folder}/{name}" for name in ("feed", "echo-feed", "signals", "echoed")]
+    endpoints = []
+    taken = [socket.socket() for _ in range(4)]
+    for one in taken:
+        one.bind(("127.0.0.1", 0))
+        endpoints.append(f"tcp://127.0.0.1:{one.getsockname()[1]}")
+    for one in taken:
+        one.close()
+    return endpoints
