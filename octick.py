@@ -91,6 +91,11 @@ _COMMANDS: Final[dict[str, Any]] = {
         "day": ("benchmarks.cli", "day", "A simulated day that crosses a recalibration."),
         "halt": ("benchmarks.cli", "halt", "How soon a halt takes effect at full load."),
         "latency": ("benchmarks.speed_cli", "latency", "Tick to signal, beside a plain echo."),
+        "overload": (
+            "benchmarks.speed_cli",
+            "overload",
+            "What becomes of too many messages.",
+        ),
         "quiet": ("benchmarks.cli", "quiet", "A quiet market told from a silent feed."),
         "shadow": ("benchmarks.cli", "shadow", "What the FP32 shadow costs a tick."),
         "swap": ("benchmarks.cli", "swap", "Hot swaps under load."),

@@ -128,12 +128,12 @@ def bench_latency(
     with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
         progress("preparing the tape")
         source, name = (path, "given") if path is not None else default_tape(Path(folder))
-        arrivals = _arrivals(source)
+        arrivals = arrivals_of(source)
         progress("measuring the host")
         jitter = [measure_jitter(JITTER_S)]
         for transport in transports:
             progress(f"{transport}: starting the engine")
-            with wired(transport, source, model, backend, sections) as on:
+            with wired(transport, source, model, backend, sections=sections) as on:
                 turns: dict[int, list[tuple[Turn, Turn]]] = {rate: [] for rate in rates}
                 for rate in rates:
                     schedule = _schedule(rate, seconds, arrivals)
@@ -176,7 +176,7 @@ def _load(rate: int) -> str:
     return "as recorded" if rate == RECORDED else f"{rate:,}/s"
 
 
-def _arrivals(source: Path) -> np.ndarray:
+def arrivals_of(source: Path) -> np.ndarray:
     """Receive times of a tape's market messages, ns from the first."""
     reader = TapeReader(source)
     if len(reader.meta.instruments) != 1:

@@ -1,7 +1,8 @@
-"""``octick bench latency``. Heavy imports stand inside the functions."""
+"""``octick bench latency`` and ``overload``. Heavy imports stand inside the functions."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -68,3 +69,60 @@ def latency(
         click.echo(msgspec.json.encode(result).decode())
     else:
         show(result)
+
+
+@click.command()
+@click.argument("tape", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--rate",
+    type=click.IntRange(1, 10_000_000),
+    help="Messages a second. Default: twice the recorded peak.",
+)
+@click.option("--seconds", type=click.FloatRange(0.5, 3600), default=60.0, show_default=True)
+@click.option(
+    "--trigger",
+    type=click.Choice(["top-of-book", "events"]),
+    default="top-of-book",
+    show_default=True,
+    help="What makes a signal due; events: every message.",
+)
+@click.option("--max-lag-ms", type=click.FloatRange(0.1), default=1_000.0, show_default=True)
+@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
+@click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def overload(
+    tape: Path | None,
+    rate: int | None,
+    seconds: float,
+    trigger: str,
+    max_lag_ms: float,
+    model: Path | None,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """More messages than usual for a while, and then nothing: lag, losses, recovery, the book.
+
+    Exit code 1 where something was lost, the books differ, or the lag was too long.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from benchmarks.overload import bench_overload, show
+    from benchmarks.provenance import REFERENCE
+
+    with Console(stderr=True).status("measuring") as status:
+        result = bench_overload(
+            tape,
+            rate=rate,
+            seconds=seconds,
+            model=model or REFERENCE,
+            backend=backend,
+            trigger=trigger,
+            max_lag_ms=max_lag_ms,
+            progress=status.update,
+        )
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)
+    sys.exit(0 if result.ok else 1)

@@ -87,7 +87,12 @@ class Sender:
             message = codec.encode_instrument(*key, *names, at_ns, time.monotonic_ns())
             self._socket.send_multipart([self._topics[slot], message])
 
-    def send(self, schedule_ns: np.ndarray) -> np.ndarray:
+    def sides(self) -> list[list[tuple[int, int]]]:
+        """The book as of the last message sent: bids and asks, best first."""
+        book = self._departures.book(0)
+        return [book.bids, book.asks]
+
+    def send(self, schedule_ns: np.ndarray, stamp_due: bool) -> np.ndarray:
         """Send a message at each time of a schedule, ns from now on; returns how late each was."""
         late = np.zeros(len(schedule_ns), dtype=np.int64)
         send, socket, pack = BackendSocket.send, self._socket, _TIME.pack_into
@@ -107,6 +112,8 @@ class Sender:
                 time.sleep((left_ns - SPIN_NS) * 1e-9)
             while clock() < due_ns:
                 pass
+            if not stamp_due:
+                pack(message, wire.AT_SOURCE_TIME, clock())
             send(socket, topic, _FIRST)
             send(socket, message)
             late[n] = clock() - due_ns
@@ -115,7 +122,7 @@ class Sender:
 
 
 def send(tape: str, *endpoints: str) -> None:
-    """Publish a tape at each endpoint, as commands say: {to, schedule: path of int64 .npy}."""
+    """Publish a tape at each endpoint: {to, schedule: path, stamp_due} sends, {book} asks for it."""
     _sharpen_sleep()
     senders = [Sender(tape, endpoint) for endpoint in endpoints]
     _answer(ready=True)
@@ -127,7 +134,11 @@ def send(tape: str, *endpoints: str) -> None:
             continue
         break
     for command in _commands():
-        late = senders[command["to"]].send(np.load(command["schedule"]))
+        if "book" in command:
+            _answer(sides=senders[command["book"]].sides())
+            continue
+        sender = senders[command["to"]]
+        late = sender.send(np.load(command["schedule"]), command["stamp_due"])
         p50, p99 = np.percentile(late, (50, 99)) / 1e3
         _answer(sent=len(late), late_p50_us=float(p50), late_p99_us=float(p99))
 

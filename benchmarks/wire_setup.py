@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -104,17 +105,32 @@ class Wired:
         stop(self._engine)
         self.totals = last_json(self._lines.finish(), "octick run")
 
+    def send(self, to: int, schedule_ns: np.ndarray, *, stamp_due: bool = True) -> dict[str, Any]:
+        """Send a load to engine or echo; what the sender says of it.
+
+        Parameters
+        ----------
+        to : int
+            `ENGINE` or `ECHO`.
+        schedule_ns : ndarray of int64
+            When messages leave, ns from now.
+        stamp_due : bool
+            Each says when it should have left; else when it left.
+        """
+        schedule = self._folder / "schedule.npy"
+        np.save(schedule, schedule_ns)
+        self._sender.tell(to=to, schedule=str(schedule), stamp_due=stamp_due)
+        return self._sender.hear()
+
     def turn(self, to: int, schedule_ns: np.ndarray) -> Turn:
         """Send a load to engine or echo, and time what comes back."""
-        schedule, out = self._folder / "schedule.npy", self._folder / "took.npy"
-        np.save(schedule, schedule_ns)
+        out = self._folder / "took.npy"
         receiver = self._receivers[to]
         receiver.tell(count=len(schedule_ns), idle_s=IDLE_S, begin_s=BEGIN_S, out=str(out))
         receiver.hear()
         time.sleep(REST_S)
         began_ns = time.time_ns()
-        self._sender.tell(to=to, schedule=str(schedule))
-        sent = self._sender.hear()
+        sent = self.send(to, schedule_ns)
         received = receiver.hear()["received"]
         ended_ns = time.time_ns()
         took = np.load(out)
@@ -122,10 +138,27 @@ class Wired:
         lost = len(schedule_ns) - received
         return Turn(took[skip:], lost, sent["late_p99_us"], began_ns, ended_ns)
 
+    def sender_book(self) -> list[list[tuple[int, int]]]:
+        """Bids and asks of what was sent to the engine, best first."""
+        self._sender.tell(book=ENGINE)
+        return [[(p, q) for p, q in side] for side in self._sender.hear()["sides"]]
+
+    def cpu_seconds(self) -> float:
+        """What the engine's threads have used of all cores."""
+        fields = Path(f"/proc/{self._engine.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 @contextmanager
 def wired(
-    transport: str, source: Path, model: Path, backend: str, sections: str
+    transport: str,
+    source: Path,
+    model: Path,
+    backend: str,
+    *,
+    trigger: str = "events",
+    shadow_every: int = 1,
+    sections: str = "",
 ) -> Iterator[Wired]:
     """Start all processes.
 
@@ -138,6 +171,9 @@ def wired(
     model : Path
     backend : str
         What runs it.
+    trigger : str
+        ``events`` makes a signal due after every message.
+    shadow_every : int
     sections : str
         More of the engine's config, in TOML.
     """
@@ -154,7 +190,7 @@ def wired(
             f'[model]\nbundle = "{model}"\nbackend = "{backend}"\n'
             f'[publish]\nendpoint = "{signals}"\n'
             f'[tape]\npath = "{folder / "session.tape"}"\n'
-            f'[trigger]\nkind = "events"\nevery_events = 1\n[shadow]\nevery = 1\n{sections}'
+            f'[trigger]\nkind = "{trigger}"\n[shadow]\nevery = {shadow_every}\n{sections}'
         )
         sender = _End(alive, "send", str(source), feed, echo_feed)
         sender.hear()
