@@ -122,7 +122,7 @@ class Sender:
 
 
 def send(tape: str, *endpoints: str) -> None:
-    """Publish a tape at each endpoint: {to, schedule: path, stamp_due} sends, {book} asks for it."""
+    """Publish a tape at each endpoint: {to, schedule, stamp_due} sends, {book} asks for it."""
     _sharpen_sleep()
     senders = [Sender(tape, endpoint) for endpoint in endpoints]
     _answer(ready=True)

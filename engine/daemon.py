@@ -22,9 +22,11 @@ import zmq
 from engine import cores, latency, live, state
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
+from engine.compilations import Compilations
 from engine.config import Config, config_hash, semantic
 from engine.features import SCHEMA_HASH
 from engine.feed import FeedConnection
+from engine.gc_pauses import GcPauses
 from engine.handshake import Handshake, Notice
 from engine.hashes import code_hash
 from engine.oversight import Oversight
@@ -33,14 +35,15 @@ from engine.publisher import SignalPublisher
 from engine.recorder import Recorder, ScratchTape, insert_record, open_recorder
 from engine.shadow_ring import STAT_NAMES
 from engine.signals import AT_BOOK_STATE
+from engine.start_up import StartUp
 from engine.totals import Totals
 from engine.trust import BOOK_STATES, MODE_FP32, MODES, SYNCED
 from engine.trust_events import CONFLATION, INFERENCE_LATE, Control
+from engine.turns import Reader, Turns
 from feeds import codec, tape, wire
 from feeds.errors import InputError
 
 STATE_EVERY_NS: Final = 1_000_000_000
-SLOW_POLL_S: Final = 0.05
 SWITCH_S: Final = 0.000_1
 WARM_UP_BYTES: Final = 1 << 16
 
@@ -63,6 +66,7 @@ class Daemon:
     """
 
     def __init__(self, config: Config, notice: Notice) -> None:
+        self.start_up: Final = StartUp()
         self.config = config
         self.ready = False
         self._notice = notice
@@ -71,6 +75,7 @@ class Daemon:
         self._started_ns = self.now_ns()
         self.epoch: Final = self._started_ns
         self.bundle: Bundle = load_bundle(config.model.bundle)
+        self.start_up.mark("bundle")
         backend = open_backend(
             config.model.backend,
             self.bundle,
@@ -78,10 +83,12 @@ class Daemon:
             threads=config.model.threads,
             precision=config.model.precision,
         )
+        self.start_up.mark("backend")
         self.pipeline = Pipeline(config, self.bundle, backend, engine_epoch=self.epoch)
         loaded = self.pipeline.trust.loaded
         assert loaded is not None
         loaded.backend(MODE_FP32)  # warm before it is needed
+        self.start_up.mark("pipeline, fp32")
         names = self.pipeline.names
         self._topics = [codec.topic("signal", *name) for name in names]
         self._alert_topics = [codec.topic("alert", *name) for name in names]
@@ -90,8 +97,9 @@ class Daemon:
         self._recorder: Recorder | None = None
         self._requested_ns = [0] * len(names)
         self._state_seq = self._alert_seq = self._rejected_told = 0
-        self._next_state_ns = self._lag_max_ns = 0
-        self._collections = self._conflations = 0
+        self._next_state_ns = self._lag_max_ns = self._conflations = 0
+        self.gc_pauses: Final = GcPauses()
+        self.compilations: Final = Compilations()
         signal_bytes = tape.RECORD_HEADER_BYTES + self.pipeline.signal_bytes + 8
         self._room = config.limits.max_message_bytes + signal_bytes * (len(names) + 1)
         self._room += 2 * tape.RECORD_HEADER_BYTES + wire.HEADER_BYTES + wire.CONTROL_BLOCK
@@ -117,6 +125,7 @@ class Daemon:
         except InputError:
             self.close()
             raise
+        self.start_up.mark("sockets")
 
     def _new_link(self, pipeline: Pipeline, feeds: list[zmq.Socket[Any]]) -> live.LiveLink:
         return live.LiveLink(
@@ -152,6 +161,7 @@ class Daemon:
         while not self._stop and not handshake.complete:
             handshake.poll()
             self.publisher.serve_joins()
+        self.start_up.mark("handshake")
         meta = tape.TapeMeta(
             created_ns=self._started_ns,
             source="octick run",
@@ -168,10 +178,13 @@ class Daemon:
             },
         )
         self._warm_up()
+        self.start_up.mark("warm-up")
         self._recorder = open_recorder(self.config.tape.path, meta)
         self.oversight.tape_path = str(getattr(self._recorder, "path", ""))
         for recv_ns, payload in handshake.early:
             self._take(tape.MARKET, recv_ns, payload)
+        self.start_up.mark("tape")
+        self.compilations.watch()
         self.ready = True
 
     def _warm_up(self) -> None:
@@ -349,7 +362,6 @@ class Daemon:
                 self._rejected_told = rejected
                 self._notice(f"{rejected} malformed messages, last: {self.pipeline.last_error()}")
             gc.collect(1)
-            self._collections += 1
 
     def _publish_state(self) -> None:
         self._state_seq += 1
@@ -410,66 +422,34 @@ class Daemon:
         gc.collect()
         gc.freeze()
         gc.disable()
+        self.gc_pauses.watch()
         # A thread that opens a candidate gives the interpreter back this soon.
         sys.setswitchinterval(SWITCH_S)
 
-        going_on = False
-
-        def on_feed() -> None:
-            # One turn at a time: a busy feed would gain another with each wake-up, and everything
-            # else would wait for all of them.
-            if not going_on:
-                go_on()
-
-        def go_on() -> None:
-            nonlocal going_on
-            going_on = self._drain()
-            if going_on:
-                loop.call_soon(go_on)
-
-        def on_slow_poll() -> None:
-            # The FDs are edge-triggered: a missed edge costs at most this long.
-            on_feed()
+        def slow_poll() -> None:
             self._take_answers()
             self.publisher.serve_joins()
             if self._stop:
                 stopped.set()
-            else:
-                timers[0] = loop.call_later(SLOW_POLL_S, on_slow_poll)
 
-        def on_timer() -> None:
-            self._tick()
-            timers[1] = loop.call_later(self.config.limits.timer_ns / 1e9, on_timer)
-
-        timers = [loop.call_soon(on_slow_poll), loop.call_soon(on_timer)]
-        for feed in self._feeds:
-            loop.add_reader(feed.sub_fd, on_feed)
-            if feed.dealer is not None:
-                loop.add_reader(feed.dealer_fd, self._take_answers)
-        loop.add_reader(self.publisher.fd, self.publisher.serve_joins)
+        turns = Turns(
+            loop,
+            self.config.loop,
+            self._drain,
+            on_slow_poll=slow_poll,
+            on_timer=self._tick,
+            timer_s=self.config.limits.timer_ns / 1e9,
+        )
+        others: list[Reader] = [(self.publisher.fd, self.publisher.serve_joins)]
+        others += [(feed.dealer_fd, self._take_answers) for feed in self._feeds if feed.dealer]
+        turns.start([feed.sub_fd for feed in self._feeds], others)
         await self.oversight.start(loop)
         try:
-            if self.config.loop.busy_poll:
-                deadline = self.now_ns() + int(seconds * 1e9)
-                while not stopped.is_set() and (seconds <= 0 or self.now_ns() < deadline):
-                    self._drain(self.config.loop.spin_ns)
-                    await asyncio.sleep(0)
-            elif seconds > 0:
-                async with asyncio.timeout(seconds):
-                    await stopped.wait()
-            else:
-                await stopped.wait()
-        except TimeoutError:
-            pass
+            await turns.run(stopped, seconds)
         finally:
-            for timer in timers:
-                timer.cancel()
             await self.oversight.stop(loop)
-            for feed in self._feeds:
-                loop.remove_reader(feed.sub_fd)
-                if feed.dealer is not None:
-                    loop.remove_reader(feed.dealer_fd)
-            loop.remove_reader(self.publisher.fd)
+            turns.stop()
+            self.gc_pauses.close()
             gc.enable()
             gc.unfreeze()
             cores.let_go()
@@ -502,7 +482,11 @@ class Daemon:
             latency_p50_us=values["latency_p50_ns"] / 1e3,
             latency_p99_us=values["latency_p99_ns"] / 1e3,
             latency_max_us=latency.quantile(self._link.latencies, 1.0) / 1e3,
-            collections=self._collections,
+            collections=self.gc_pauses.collections,
+            longest_gc_pause_us=self.gc_pauses.longest_ns / 1e3,
+            compilations=self.compilations.count,
+            compiled=self.compilations.functions,
+            start_up_s=self.start_up.seconds,
             tape=str(path),
             tape_records=0 if self._recorder is None else self._recorder.records,
             engine_epoch=self.epoch,
@@ -513,6 +497,7 @@ class Daemon:
 
     def close(self) -> None:
         """Close the tape and every socket. Closing twice is fine."""
+        self.compilations.close()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

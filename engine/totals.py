@@ -6,7 +6,18 @@ import msgspec
 
 
 class Totals(msgspec.Struct):
-    """What a session did, for the closing line and ``--json``."""
+    """What a session did, for the closing line and ``--json``.
+
+    Attributes
+    ----------
+    collections : int
+        Of garbage, once events were being taken; `longest_gc_pause_us` is the longest of them.
+    compilations : int
+        Functions that Numba compiled after READY, not those that it loaded from its cache; the
+        first of them are named in `compiled`.
+    start_up_s : dict
+        Seconds that each stage took, from the process's start to READY.
+    """
 
     seconds: float
     messages: int
@@ -30,6 +41,10 @@ class Totals(msgspec.Struct):
     latency_p99_us: float
     latency_max_us: float
     collections: int
+    longest_gc_pause_us: float
+    compilations: int
+    compiled: list[str]
+    start_up_s: dict[str, float]
     tape: str
     tape_records: int
     engine_epoch: int
