@@ -98,6 +98,8 @@ _COMMANDS: Final[dict[str, Any]] = {
         ),
         "quiet": ("benchmarks.cli", "quiet", "A quiet market told from a silent feed."),
         "shadow": ("benchmarks.cli", "shadow", "What the FP32 shadow costs a tick."),
+        "soak": ("benchmarks.daemon_cli", "soak", "Hours at twice the recorded peak."),
+        "start": ("benchmarks.daemon_cli", "start", "From a start to READY, stage by stage."),
         "swap": ("benchmarks.cli", "swap", "Hot swaps under load."),
         "memory": ("benchmarks.cli", "memory", "Resident memory over a long replay."),
         "replay": ("benchmarks.cli", "replay", "Book levels, messages and signals a second."),

@@ -54,8 +54,8 @@ class LiveEngine:
     ----------
     folder, tape : Path
     engine : subprocess.Popen
-    totals : dict
-        The engine's closing line, once it has stopped.
+    totals, market_totals : dict
+        The closing lines of engine and market, once they have stopped.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class LiveEngine:
         self.engine = engine
         self._market = market
         self.totals: dict[str, Any] = {}
+        self.market_totals: dict[str, Any] = {}
         self._lines: list[Lines] = []
 
     @property
@@ -103,6 +104,24 @@ class LiveEngine:
         stop(self.engine)
         stop(self._market)
         self.totals = last_json(self._lines[0].finish(), "octick run")
+        self.market_totals = last_json(self._lines[2].finish(), "octick publish")
+
+    @property
+    def running(self) -> bool:
+        """Whether the market still publishes.
+
+        Raises
+        ------
+        InputError
+            If the engine has ended.
+        """
+        if self.engine.poll() is not None:
+            raise InputError(
+                "the engine ended by itself",
+                where="octick run",
+                found=" ".join("".join(self._lines[1].finish()).split())[-300:] or "no output",
+            )
+        return self._market.poll() is None
 
     def events(self) -> list[tuple[int, Control]]:
         """Commands and observations on the tape, with the time at which each was taken."""
@@ -139,7 +158,12 @@ class LiveEngine:
 
 @contextmanager
 def live_engine(
-    bundle: Path, market: list[str], *, sections: str = "", ready_within_s: float = STARTED_S
+    bundle: Path,
+    market: list[str],
+    *,
+    sections: str = "",
+    backend: str = "onnx",
+    ready_within_s: float = STARTED_S,
 ) -> Iterator[LiveEngine]:
     """Start a simulated market and an engine on it.
 
@@ -149,6 +173,8 @@ def live_engine(
         Options of ``octick publish sim``.
     sections : str
         More of the engine's config, in TOML; ``{folder}`` in it is the session's folder.
+    backend : str
+        What runs the model.
     """
     with tempfile.TemporaryDirectory(prefix="octick-bench-") as name, children() as alive:
         folder = Path(name)
@@ -156,7 +182,8 @@ def live_engine(
         text = (
             f'[[feed]]\nendpoint = "ipc://{folder}/feed"\n'
             f'snapshot_endpoint = "ipc://{folder}/snapshots"\n'
-            f'[model]\nbundle = "{bundle}"\n[publish]\nendpoint = "ipc://{folder}/signals"\n'
+            f'[model]\nbundle = "{bundle}"\nbackend = "{backend}"\n'
+            f'[publish]\nendpoint = "ipc://{folder}/signals"\n'
             f'[tape]\npath = "{folder}/session.tape"\n'
             f'[control]\nendpoint = "ipc://{folder}/control"\n'
         )
@@ -167,7 +194,7 @@ def live_engine(
         engine = octick("run", str(config), "--json")
         source = octick(
             *("publish", "sim", "--bind", f"ipc://{folder}/feed"),
-            *("--snapshots", f"ipc://{folder}/snapshots", *market),
+            *("--snapshots", f"ipc://{folder}/snapshots", "--json", *market),
         )
         alive += [engine, source]
         session = LiveEngine(folder, engine, source)

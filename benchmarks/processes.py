@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import IO, Any, Final
 
 from benchmarks.provenance import ROOT
@@ -68,14 +69,16 @@ class Lines:
         return list(self.take())
 
 
-def octick(*args: str) -> subprocess.Popen[str]:
+def octick(
+    *args: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
     """Start ``octick`` with arguments, both outputs piped, out of reach of this Ctrl-C."""
     return subprocess.Popen(
         [sys.executable, "-m", "octick", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment),
         start_new_session=True,
     )
 
