@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from engine.config import LoopConfig
@@ -81,10 +82,8 @@ class Turns:
     async def run(self, stopped: asyncio.Event, seconds: float) -> None:
         """Go on until ``stopped`` is set, or ``seconds`` have passed (0: no limit)."""
         if not self._config.busy_poll:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(stopped.wait(), seconds if seconds > 0 else None)
-            except TimeoutError:
-                pass
             return
         deadline = self._loop.time() + seconds
         while not stopped.is_set() and (seconds <= 0 or self._loop.time() < deadline):
