@@ -44,22 +44,37 @@ def demo(seconds: float, out: Path, as_json: bool) -> None:
 @click.option("--runs", type=click.IntRange(1, 1000), default=5, show_default=True)
 @click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
 @click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
+@click.option(
+    "--rivals/--no-rivals",
+    default=True,
+    show_default=True,
+    help="hftbacktest and a book of Python dicts in the same rounds.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def replay(tape: Path | None, runs: int, model: Path | None, backend: str, as_json: bool) -> None:
-    """Book levels, messages and signals a second, on one core.
+def replay(
+    tape: Path | None, runs: int, model: Path | None, backend: str, rivals: bool, as_json: bool
+) -> None:
+    """Book levels, messages and signals a second, on one core, beside other books.
 
     Without TAPE on the recording in OCTICK_DATA, or on a simulated market where there is none.
+    hftbacktest is left out where it is not installed (pip install --no-deps hftbacktest).
     """
     import msgspec
     from rich.console import Console
 
     from benchmarks.provenance import REFERENCE
-    from benchmarks.replay import bench_replay, show
+    from benchmarks.replay import bench_replay
+    from benchmarks.replay_report import show
 
     console = Console(stderr=True)
     with console.status("measuring") as status:
         result = bench_replay(
-            tape, runs=runs, model=model or REFERENCE, backend=backend, progress=status.update
+            tape,
+            runs=runs,
+            model=model or REFERENCE,
+            backend=backend,
+            rivals=rivals,
+            progress=status.update,
         )
     if as_json:
         click.echo(msgspec.json.encode(result).decode())

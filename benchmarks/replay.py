@@ -1,29 +1,41 @@
 """``octick bench replay``: how fast book, features and model go through a recorded stream.
 
-Two measurements over the same records, which lie in memory with their checksums verified, so that
-the disk is none of it. Both drive the pipeline that daemon and replay run, on one core, after a
-warm-up run that is not counted:
+Measurements over the same records, which lie in memory with their checksums verified, so that the
+disk is none of it; on one core, in turn, round after round, after a warm-up that is not counted:
 
+*book*
+    Sequence logic and the books alone; see `benchmarks.book_replay`.
 *features*
-    Book and sequence logic, and the whole feature vector after every applied message; no signals.
+    The pipeline that daemon and replay run, and the whole feature vector after every applied
+    message; no signals.
 *signals*
-    The default trigger: inference and an encoded signal at every change of the top of book.
+    That pipeline with the default trigger: inference and an encoded signal at every change of the
+    top of book.
+*rivals*
+    The levels that went into those books through hftbacktest and through a book of Python dicts,
+    already decoded for them. Making their input is not timed.
+
+All must end with the same books, level by level.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-import msgspec
 import numpy as np
 
+from benchmarks.book_replay import DROPPED_LEVELS, LEVELS, MESSAGES, BookReplay, Records
+from benchmarks.dict_book import DictBooks
+from benchmarks.hftbacktest_rival import HftBacktest
 from benchmarks.provenance import (
     RECORDING,
     REFERENCE,
@@ -33,7 +45,9 @@ from benchmarks.provenance import (
     recorded,
     versions,
 )
+from benchmarks.replay_report import ReplayBench, RivalRuns, Runs
 from engine.backends.registry import open_backend
+from engine.book import ASK, BID
 from engine.bundle import load_bundle
 from engine.config import Config, served_by
 from engine.digest import Digest
@@ -41,57 +55,28 @@ from engine.jitter import measure_jitter
 from engine.pipeline import Pipeline
 from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
+from feeds.wire import LEVEL_BYTES
 from replay.session import choose_config
 
 SIMULATED_MESSAGES: Final = 200_000
 SIMULATED_SEED: Final = 1
 MAX_RECORDS_BYTES: Final = 1 << 31
+MAX_RIVAL_BYTES: Final = 1 << 26  # decoded for them, they take many times as much
 JITTER_S: Final = 1.0
 
-Records = list[tuple[np.ndarray, int, int]]
 
-
-class Runs(msgspec.Struct, frozen=True):
-    """One measurement: seconds of each run, and what one run did."""
-
-    seconds: list[float]
-    messages: int
-    levels: int
-    feature_vectors: int
-    signals: int
+class Rival(Protocol):
+    """Another book over the same levels."""
 
     @property
-    def median_s(self) -> float:
-        """Median of the runs."""
-        return statistics.median(self.seconds)
+    def library(self) -> str:
+        """What it is, with its version."""
 
+    def run(self) -> float:
+        """Build the books anew; returns the seconds it took."""
 
-class ReplayBench(msgspec.Struct, frozen=True):
-    """Result of ``octick bench replay``.
-
-    ``levels_per_s`` and ``messages_per_s`` are those of book and all features without inference,
-    ``signals_per_s`` that of the whole way to the signal; all medians. ``jitter_p99_us`` and
-    ``jitter_max_us`` say how long the host took the core away in a loop that does nothing.
-    """
-
-    levels_per_s: float
-    messages_per_s: float
-    signals_per_s: float
-    messages_per_s_with_inference: float
-    tape: str
-    source: str
-    backend: str
-    digest: str
-    runs: int
-    features: Runs
-    signals: Runs
-    core: int | None
-    jitter_p99_us: float
-    jitter_max_us: float
-    machine: dict[str, str | int]
-    versions: dict[str, str]
-    commit: str
-    date: str
+    def check(self, slot: int, bids: np.ndarray, asks: np.ndarray) -> None:
+        """Assert that an instrument's book is this one."""
 
 
 def bench_replay(
@@ -100,6 +85,7 @@ def bench_replay(
     runs: int,
     model: Path = REFERENCE,
     backend: str = "compiled",
+    rivals: bool = True,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> ReplayBench:
     """Measure on a tape, by default the recording of `RECORDING`, else a simulated market.
@@ -110,9 +96,11 @@ def bench_replay(
     runs : int
         Counted runs of each measurement.
     model : Path
-        Bundle for the second measurement.
+        Bundle for the way to the signal.
     backend : str
         What runs it, on its default device.
+    rivals : bool
+        Whether the other books run beside ours.
     progress : callable
         Told what is going on.
 
@@ -124,53 +112,104 @@ def bench_replay(
     with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
         progress("preparing the tape")
         tape, source = (path, "given") if path is not None else _default_tape(Path(folder))
-        reader = TapeReader(tape)
-        config = choose_config([reader.meta], None)
-        records: Records = []
-        size = 0
-        for chunk in reader.chunks():
-            size += chunk.stop - chunk.start
-            if size > MAX_RECORDS_BYTES:
-                raise InputError(
-                    "tape too large to measure in memory",
-                    where=str(tape),
-                    expected=f"at most {MAX_RECORDS_BYTES} bytes",
-                    fix="measure a shorter one",
-                )
-            records.append(
-                (chunk.buf[chunk.start : chunk.stop].copy(), 0, chunk.stop - chunk.start)
-            )
+        config, records = _records(tape)
+    others: dict[str, Rival] = {}
+    left_out = {"rivals": "not asked for"}
+    if rivals:
+        progress("decoding for the rivals")
+        others, left_out = _open_rivals(config, records)
+    bundle = load_bundle(model)
+    served = served_by(config, backend)
+    ours = _Ours(config, records)
+    lanes: dict[str, Callable[[], float]] = {
+        "book": ours.run_book,
+        "features": ours.run_features,
+        "signals": lambda: ours.run_signals(Pipeline(served, bundle, opened)),
+        **{name: rival.run for name, rival in others.items()},
+    }
     core, allowed = _pin()
+    gc.collect()
+    gc.freeze()  # millions of decoded levels are no garbage to look through while we measure
+    opened = open_backend(backend, bundle, served.model.device)
     try:
         progress("measuring the host")
         jitter = measure_jitter(JITTER_S)
-        progress("book and features")
-        features = _measure(lambda: _features_run(config, records), runs)
-        progress("with inference")
-        signals, digest = _measure_signals(config, records, model, backend, runs)
+        seconds = _in_turn(lanes, runs, progress)
     finally:
+        opened.close()
+        gc.unfreeze()
         if allowed is not None:
             os.sched_setaffinity(0, allowed)
+    ours.check(others)
+    book, features, signals = (
+        Runs(seconds[name], *ours.did[name]) for name in ("book", "features", "signals")
+    )
+
+    def over(mine: str, rival: str) -> float | None:
+        if rival not in others:
+            return None
+        # The same levels: the ratio of rates is that of times, the other way round.
+        pairs = zip(seconds[mine], seconds[rival], strict=True)
+        return statistics.median(theirs / own for own, theirs in pairs)
+
+    def told(name: str) -> RivalRuns | None:
+        if name not in others:
+            return None
+        took = seconds[name]
+        rate = features.levels / statistics.median(took)
+        return RivalRuns(took, features.levels, rate, others[name].library)
+
     return ReplayBench(
         levels_per_s=features.levels / features.median_s,
         messages_per_s=features.messages / features.median_s,
         signals_per_s=signals.signals / signals.median_s,
         messages_per_s_with_inference=signals.messages / signals.median_s,
+        book_levels_per_s=book.levels / book.median_s,
+        book_messages_per_s=book.messages / book.median_s,
+        book_over_hftbacktest=over("book", "hftbacktest"),
+        features_over_hftbacktest=over("features", "hftbacktest"),
+        book_over_hftbacktest_local=over("book", "hftbacktest_local"),
+        features_over_hftbacktest_local=over("features", "hftbacktest_local"),
+        book_over_dict=over("book", "dict_book"),
         tape=tape.name,
         source=source,
         backend=backend,
-        digest=digest,
+        digest=ours.digest(),
         runs=runs,
+        book=book,
         features=features,
         signals=signals,
+        hftbacktest=told("hftbacktest"),
+        hftbacktest_local=told("hftbacktest_local"),
+        dict_book=told("dict_book"),
+        left_out=left_out,
         core=core,
         jitter_p99_us=jitter.p99_ns / 1e3,
         jitter_max_us=jitter.max_ns / 1e3,
         machine=machine(),
-        versions=versions(),
+        versions=versions()
+        | ({"hftbacktest": version("hftbacktest")} if "hftbacktest" in others else {}),
         commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _records(tape: Path) -> tuple[Config, Records]:
+    reader = TapeReader(tape)
+    config = choose_config([reader.meta], None)
+    records: Records = []
+    size = 0
+    for chunk in reader.chunks():
+        size += chunk.stop - chunk.start
+        if size > MAX_RECORDS_BYTES:
+            raise InputError(
+                "tape too large to measure in memory",
+                where=str(tape),
+                expected=f"at most {MAX_RECORDS_BYTES} bytes",
+                fix="measure a shorter one",
+            )
+        records.append((chunk.buf[chunk.start : chunk.stop].copy(), 0, chunk.stop - chunk.start))
+    return config, records
 
 
 def _default_tape(folder: Path) -> tuple[Path, str]:
@@ -198,89 +237,105 @@ def _pin() -> tuple[int | None, set[int] | None]:
     return core, allowed
 
 
-def _measure(run: Callable[[], tuple[float, Pipeline]], runs: int) -> Runs:
-    run()
-    done = [run() for _ in range(runs)]
-    counters = done[-1][1].counters
-    return Runs(
-        [seconds for seconds, _ in done],
-        counters["messages"],
-        counters["book_levels"],
-        counters["feature_vectors"],
-        counters["signals"],
-    )
+def _open_rivals(config: Config, records: Records) -> tuple[dict[str, Rival], dict[str, str]]:
+    """The other books by name, and of those that cannot run here, why not."""
+    size = sum(stop - start for _, start, stop in records)
+    if size > MAX_RIVAL_BYTES:
+        return {}, {"rivals": f"the tape has {size:,} bytes, more than {MAX_RIVAL_BYTES:,}"}
+    replay = BookReplay(config, size // LEVEL_BYTES)
+    replay.run(records)
+    dropped = int(replay.counts[DROPPED_LEVELS])
+    if dropped:
+        return {}, {"rivals": f"they would keep {dropped:,} levels that our full books dropped"}
+    rows = replay.rows()
+    found: dict[str, Rival] = {}
+    left_out = {}
+    try:
+        found["hftbacktest"] = HftBacktest(rows, exchange=True)
+        found["hftbacktest_local"] = HftBacktest(rows, exchange=False)
+    except InputError as error:
+        left_out["hftbacktest"] = str(error)
+    found["dict_book"] = DictBooks(rows)
+    return found, left_out
 
 
-def _features_run(config: Config, records: Records) -> tuple[float, Pipeline]:
-    pipeline = Pipeline(config, None, None, compute_always=True)
-    started = time.perf_counter()
-    for buf, start, stop in records:
-        at = start
-        while at < stop:
-            at = pipeline.advance(buf, at, stop)
-    return time.perf_counter() - started, pipeline
+def _in_turn(
+    lanes: dict[str, Callable[[], float]], runs: int, progress: Callable[[str], Any]
+) -> dict[str, list[float]]:
+    """Seconds of each run of each lane."""
+    for name, run in lanes.items():
+        progress(f"warming up: {name}")
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in lanes}
+    for number in range(runs):
+        progress(f"round {number + 1} of {runs}")
+        # No lane always follows the same one.
+        for name in lanes if number % 2 == 0 else reversed(lanes):
+            seconds[name].append(lanes[name]())
+    return seconds
 
 
-def _measure_signals(
-    config: Config, records: Records, model: Path, backend_name: str, runs: int
-) -> tuple[Runs, str]:
-    bundle = load_bundle(model)
-    config = served_by(config, backend_name)
-    backend = open_backend(backend_name, bundle, config.model.device)
-    digests = set()
+class _Ours:
+    """The engine over the records: what runs, what its last run did, and whether books agree."""
 
-    def run() -> tuple[float, Pipeline]:
-        pipeline = Pipeline(config, bundle, backend)
+    def __init__(self, config: Config, records: Records) -> None:
+        self._config, self._records = config, records
+        self._book = BookReplay(config)
+        self._features = Pipeline(config, None, None, compute_always=True)
+        self._signals = Pipeline(config, None, None)
+        self._digests: set[str] = set()
+
+    def run_book(self) -> float:
+        self._book = BookReplay(self._config)
+        return self._book.run(self._records)
+
+    def run_features(self) -> float:
+        pipeline = self._features = Pipeline(self._config, None, None, compute_always=True)
+        started = time.perf_counter()
+        for buf, start, stop in self._records:
+            at = start
+            while at < stop:
+                at = pipeline.advance(buf, at, stop)
+        return time.perf_counter() - started
+
+    def run_signals(self, pipeline: Pipeline) -> float:
+        self._signals = pipeline
         digest = Digest()
         started = time.perf_counter()
-        for buf, start, stop in records:
+        for buf, start, stop in self._records:
             at = start
             while at < stop:
                 at = pipeline.serve(buf, at, stop)
                 if pipeline.served:
                     digest.update_all(pipeline.served, pipeline.signal_bytes)
         seconds = time.perf_counter() - started
-        digests.add(digest.hexdigest())
-        return seconds, pipeline
+        self._digests.add(digest.hexdigest())
+        return seconds
 
-    try:
-        measured = _measure(run, runs)
-    finally:
-        backend.close()
-    assert len(digests) == 1, "runs over the same records gave different signals"
-    return measured, digests.pop()
+    @property
+    def did(self) -> dict[str, tuple[int, int, int, int]]:
+        """Messages, levels, feature vectors and signals of the last run, by lane."""
+        counts = self._book.counts
+        found = {"book": (int(counts[MESSAGES]), int(counts[LEVELS]), 0, 0)}
+        for name, pipeline in (("features", self._features), ("signals", self._signals)):
+            counters = pipeline.counters
+            columns = ("messages", "book_levels", "feature_vectors", "signals")
+            messages, levels, vectors, signals = (counters[column] for column in columns)
+            found[name] = (messages, levels, vectors, signals)
+        return found
 
+    def check(self, rivals: dict[str, Rival]) -> None:
+        """Assert that all did the same and ended with the same books."""
+        assert len({done[:2] for done in self.did.values()}) == 1, "lanes saw other messages"
+        for slot in range(len(self._features.names)):
+            sides = [self._features.book(slot, side) for side in (BID, ASK)]
+            for side, levels in zip((BID, ASK), sides, strict=True):
+                for other in (self._book, self._signals):
+                    assert np.array_equal(other.book(slot, side), levels), "books differ"
+            for rival in rivals.values():
+                rival.check(slot, *sides)
 
-def show(result: ReplayBench) -> None:
-    """Print the result as a table."""
-    from rich.table import Table
-
-    from feeds.output import wide_console
-
-    table = Table(
-        "measured", "median", "fastest", "slowest", title=f"octick bench replay, {result.runs} runs"
-    )
-    for name, runs, amount, unit in (
-        ("book + all features", result.features, result.features.levels, "levels/s"),
-        ("book + all features", result.features, result.features.messages, "messages/s"),
-        ("… to the signal", result.signals, result.signals.messages, "messages/s"),
-        ("… to the signal", result.signals, result.signals.signals, "signals/s"),
-    ):
-        rates = [
-            amount / seconds for seconds in (runs.median_s, min(runs.seconds), max(runs.seconds))
-        ]
-        table.add_row(name, f"{rates[0]:,.0f} {unit}", *(f"{rate:,.0f}" for rate in rates[1:]))
-    console = wide_console()
-    console.print(table)
-    features = result.features
-    console.print(
-        f"{result.source}: {features.messages:,} messages, {features.levels:,} levels, "
-        f"{features.feature_vectors:,} feature vectors, {result.signals.signals:,} signals "
-        f"({result.backend})"
-    )
-    console.print(
-        f"host jitter: p99 {result.jitter_p99_us:.1f} µs, max {result.jitter_max_us:.1f} µs; "
-        f"{result.machine['cpu']}, core {result.core}; "
-        + ", ".join(f"{name} {number}" for name, number in result.versions.items())
-    )
-    console.print(f"commit {result.commit or 'none'}, {result.date}, digest {result.digest}")
+    def digest(self) -> str:
+        """Of the signals."""
+        assert len(self._digests) == 1, "runs over the same records gave different signals"
+        return next(iter(self._digests))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,38 @@ def test_bench_replay_measures_a_tape(
     assert found["features"]["signals"] == 0
     assert found["signals"]["signals"] > 0
     assert len(found["digest"]) == 64
+    # The same levels through the book alone, and through other books.
+    assert found["book"]["levels"] == found["features"]["levels"]
+    assert found["book_levels_per_s"] > 0
+    assert found["dict_book"]["levels"] == found["features"]["levels"]
+    assert found["book_over_dict"] > 0
+    rivals = {"hftbacktest", "hftbacktest_local"}
+    if importlib.util.find_spec("hftbacktest") is None:
+        assert set(found["left_out"]) == {"hftbacktest"}
+        return
+    assert found["left_out"] == {}
+    for rival in rivals:
+        assert len(found[rival]["seconds"]) == 2
+        assert min(found[f"{mine}_over_{rival}"] for mine in ("book", "features")) > 0
+    assert found["versions"]["hftbacktest"] in found["hftbacktest"]["library"]
+
+
+def test_what_runs_beside_ours_is_left_out_and_that_is_said(
+    tmp_path: Path, reference_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.replay.JITTER_S", 0.01)
+    monkeypatch.setitem(sys.modules, "hftbacktest", None)
+    tape = tmp_path / "market.tape"
+    Simulator(seed=1, n_instruments=2).write_tape(tape, 500)
+    arguments = [str(tape), "--json", "--runs", "1", "--model", str(reference_bundle)]
+    missing = json.loads(CliRunner().invoke(cli.replay, arguments).stdout)
+    assert missing["hftbacktest"] is missing["book_over_hftbacktest"] is None
+    assert missing["hftbacktest_local"] is None
+    assert set(missing["left_out"]) == {"hftbacktest"}
+    assert "pip install" in missing["left_out"]["hftbacktest"]
+    assert missing["dict_book"]["levels"] == missing["book"]["levels"]
+
+    unwanted = json.loads(CliRunner().invoke(cli.replay, [*arguments, "--no-rivals"]).stdout)
+    assert unwanted["dict_book"] is unwanted["book_over_dict"] is None
+    assert set(unwanted["left_out"]) == {"rivals"}
+    assert unwanted["digest"] == missing["digest"]
