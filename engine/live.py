@@ -281,6 +281,7 @@ class LiveLink:
     ) -> None:
         n = len(topics)
         self._pipeline = pipeline
+        self._kept_open = (feeds, publisher)  # the kernel has only their addresses
         self._live = np.zeros(LIVE_FIELDS, dtype=np.int64)
         functions = libzmq.functions()
         self._live[: len(functions)] = functions

@@ -1,0 +1,343 @@
+"""From the feeds' sockets to the publisher's: what a kernel does by itself, and what it leaves."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from engine import latency, live
+from engine.backends.registry import open_backend
+from engine.bundle import load_bundle
+from engine.config import LimitsConfig, OverloadConfig, default_config
+from engine.live import LiveLink
+from engine.pipeline import Pipeline
+from engine.recorder import ScratchTape
+from engine.signals import AT_SIGNAL_SEQ
+from feeds import codec, tape, wire
+from feeds.simulator import Simulator
+from feeds.tape_reader import TapeReader
+
+REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
+LIMITS = msgspec.structs.replace(LimitsConfig(), max_message_bytes=1 << 16)
+NEVER = OverloadConfig(conflate_after_ns=0)
+
+
+@dataclass
+class Line:
+    """A publisher of market data, a link, and a subscriber to its signals, in this process."""
+
+    link: LiveLink
+    pipeline: Pipeline
+    recorder: ScratchTape
+    feed: zmq.Socket[bytes]
+    signals: zmq.Socket[bytes]
+    topic: bytes
+    definition: bytes
+    messages: list[bytes]
+
+    def send(self, messages: list[bytes]) -> None:
+        for message in messages:
+            self.feed.send_multipart([self.topic, message])
+
+    def take(self) -> list[int]:
+        """Take what waits, as the daemon does; why the kernel came back each time."""
+        whys = []
+        while True:
+            self.link.begin(time.monotonic_ns(), LIMITS)
+            whys.append(self.link.take(self.recorder, None))
+            if whys[-1] == live.NOTHING_WAITS:
+                return whys
+
+    def received(self) -> list[bytes]:
+        found = []
+        while True:
+            try:
+                found.append(self.signals.recv_multipart(zmq.NOBLOCK)[1])
+            except zmq.Again:
+                return found
+
+
+def _market(tmp_path: Path, messages: int) -> tuple[bytes, bytes, list[bytes], tuple[str, str]]:
+    path = tmp_path / "market.tape"
+    Simulator(seed=4, n_instruments=1).write_tape(path, messages)
+    reader = TapeReader(path)
+    meta = reader.meta.instruments[0]
+    payloads = [bytes(one.payload) for one in reader.records() if one.kind == tape.MARKET]
+    definition = codec.encode_instrument(
+        *(meta.source_id, meta.instrument_id, 1, 0, meta.venue, meta.symbol),
+        *(Decimal(meta.tick), Decimal(meta.lot)),
+    )
+    name = (meta.venue, meta.symbol)
+    return codec.topic("l2", *name), definition, payloads, name
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Iterator[Any]:
+    opened: list[Any] = []
+
+    def make(
+        *, backend: str = "compiled", overload: OverloadConfig = NEVER, messages: int = 3_000
+    ) -> Line:
+        topic, definition, payloads, name = _market(tmp_path, messages)
+        bundle = load_bundle(REFERENCE)
+        pipeline = Pipeline(default_config([name]), bundle, open_backend(backend, bundle))
+        context: zmq.Context[Any] = zmq.Context()
+        feed, sub = context.socket(zmq.PUB), context.socket(zmq.SUB)
+        out, signals = context.socket(zmq.XPUB), context.socket(zmq.SUB)
+        for bound, connected, where in (
+            (feed, sub, "inproc://feed"),
+            (out, signals, "inproc://out"),
+        ):
+            bound.set_hwm(0)
+            connected.set_hwm(0)
+            bound.bind(where)
+            connected.setsockopt(zmq.SUBSCRIBE, b"")
+            connected.connect(where)
+        out.recv()  # the subscription
+        opened.extend((pipeline, context))
+        link = LiveLink(
+            pipeline,
+            [sub],
+            out,
+            [codec.topic("signal", *name)],
+            LIMITS,
+            overload,
+            room=1 << 18,
+            now_ns=time.monotonic_ns(),
+            offset_ns=time.time_ns() - time.monotonic_ns(),
+        )
+        line = Line(
+            link, pipeline, ScratchTape(1 << 24), feed, signals, topic, definition, payloads
+        )
+        line.send([definition])
+        assert line.take() == [live.NOTHING_WAITS]
+        return line
+
+    yield make
+    for one in opened:
+        if isinstance(one, Pipeline):
+            one.close()
+        else:
+            one.destroy(linger=0)
+
+
+def _as_replayed(line: Line) -> list[bytes]:
+    """The signals of the same messages, answered over a tape of them."""
+    bundle = load_bundle(REFERENCE)
+    config = default_config([line.pipeline.names[0]])
+    pipeline = Pipeline(config, bundle, open_backend("onnx", bundle))
+    records = ScratchTape(1 << 24)
+    found = []
+    for message in [line.definition, *line.messages]:
+        at = records.append(tape.MARKET, 0, message)
+        pipeline.advance(records.arena, at, records.position)
+        if pipeline.fired:
+            found.append(bytes(pipeline.answer()))
+    pipeline.close()
+    return found
+
+
+def _canonical(signals: list[bytes]) -> list[bytes]:
+    end = wire.HEADER_BYTES + wire.SIGNAL_CANONICAL_BLOCK
+    outputs = wire.HEADER_BYTES + wire.SIGNAL_BLOCK
+    return [one[:end] + one[outputs:] for one in signals]
+
+
+def test_a_signal_has_the_bytes_that_a_replay_gives(lines: Any) -> None:
+    line = lines()
+    line.send(line.messages)
+    sent = []
+    while True:
+        line.link.begin(time.monotonic_ns(), LIMITS)
+        why = line.link.take(line.recorder, None)
+        sent += line.received()
+        if why == live.SIGNAL_DUE:
+            sent.append(bytes(line.pipeline.served))
+        if why == live.NOTHING_WAITS:
+            break
+    replayed = _as_replayed(line)
+    assert len(replayed) > 500
+    assert _canonical(sent) == _canonical(replayed)
+    counters = line.pipeline.counters
+    assert counters["signals"] == len(sent)
+    assert counters["tradable"] == line.pipeline.tradable > 400
+    suppressed = sum(line.pipeline.suppressed.values())
+    assert suppressed >= len(sent) - line.pipeline.tradable
+
+
+def test_the_last_signal_sent_is_kept_and_counted(lines: Any) -> None:
+    line = lines()
+    line.send(line.messages)
+    line.take()
+    received = line.received()
+    assert received[-1] == line.link.last[0].tobytes()
+    assert line.link.sent[0] == len(received)
+    assert line.link.latencies[latency.AT_COUNT] == len(received)
+    assert line.link.latencies[latency.AT_MIN] > 0
+
+
+def test_messages_and_signals_stand_on_the_tape_in_the_order_in_which_they_were_taken(
+    lines: Any,
+) -> None:
+    line = lines()
+    begin = line.recorder.position
+    line.send(line.messages[:1_500])
+    line.take()
+    kinds, seqs, at = [], [], begin
+    arena = line.recorder.arena
+    position, records, status = tape.scan(arena, begin, line.recorder.position)
+    assert (position, status) == (line.recorder.position, tape.SCAN_CLEAN)
+    while at < position:
+        length = int.from_bytes(arena[at + 4 : at + 8].tobytes(), "little")
+        kind = int.from_bytes(arena[at + 16 : at + 18].tobytes(), "little")
+        body = at + tape.RECORD_HEADER_BYTES
+        kinds.append(kind)
+        if kind == tape.SIGNAL:
+            seqs.append(
+                int.from_bytes(
+                    arena[body + AT_SIGNAL_SEQ : body + AT_SIGNAL_SEQ + 8].tobytes(), "little"
+                )
+            )
+        at = body + int(tape.padded(length))
+    assert records == len(kinds)
+    assert kinds.count(tape.MARKET) == 1_500
+    assert kinds.count(tape.SIGNAL) == line.link.sent[0] > 0
+    assert seqs == sorted(seqs)
+    assert kinds[0] == tape.MARKET
+
+
+def test_a_model_that_is_no_compiled_one_is_answered_by_the_pipeline(lines: Any) -> None:
+    line = lines(backend="onnx")
+    line.send(line.messages)
+    answers = 0
+    while True:
+        line.link.begin(time.monotonic_ns(), LIMITS)
+        why = line.link.take(line.recorder, None)
+        if why == live.NOTHING_WAITS:
+            break
+        if why == live.SIGNAL_DUE:
+            assert line.pipeline.fired
+            line.pipeline.answer()
+            answers += 1
+    assert answers == len(_as_replayed(line))
+    assert line.link.sent[0] == 0
+
+
+@pytest.mark.parametrize("frames", [[b"l2.x"], [b"l2.x", b"a", b"b"], [b"l2.x", b"b" * (1 << 17)]])
+def test_what_is_no_message_is_dropped_and_counted(lines: Any, frames: list[bytes]) -> None:
+    line = lines()
+    line.feed.send_multipart(frames)
+    line.send(line.messages[:100])
+    line.take()
+    assert line.link.malformed == 1
+    assert line.pipeline.counters["messages"] == 101  # the definition, and all behind it
+
+
+def test_a_turn_ends_at_its_budget(lines: Any) -> None:
+    line = lines()
+    line.send(line.messages[:300])
+    limits = msgspec.structs.replace(LIMITS, max_drain_messages=100)
+    line.link.begin(time.monotonic_ns(), limits)
+    whys = []
+    while True:
+        whys.append(line.link.take(line.recorder, None))
+        if whys[-1] == live.TURN_ENDED:
+            break
+    assert line.pipeline.counters["messages"] == 101
+
+
+def test_a_full_window_of_the_tape_is_told_before_anything_is_received(lines: Any) -> None:
+    line = lines()
+    line.send(line.messages[:10])
+    line.link.begin(time.monotonic_ns(), LIMITS)
+    short = ScratchTape(1 << 18)
+    short.room = lambda need: (short.arena, 100)  # type: ignore[method-assign]
+    assert line.link.take(short, None) == live.WINDOW_FULL
+    assert line.pipeline.counters["messages"] == 1
+
+
+def test_spinning_finds_what_comes_meanwhile(lines: Any) -> None:
+    line = lines()
+    line.link.begin(time.monotonic_ns(), LIMITS, spin_ns=20_000_000)
+    begun = time.monotonic_ns()
+    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
+    assert time.monotonic_ns() - begun >= 20_000_000
+
+
+def _sent_now(message: bytes) -> bytes:
+    at, now = wire.AT_SOURCE_TIME, time.time_ns().to_bytes(8, "little")
+    return message[:at] + now + message[at + 8 :]
+
+
+def test_who_is_behind_conflates_until_nothing_waits(lines: Any) -> None:
+    line = lines(overload=OverloadConfig(conflate_after_ns=1_000_000))
+    line.send([_sent_now(message) for message in line.messages[:50]])
+    line.take()
+    line.send([_sent_now(message) for message in line.messages[50:100]])
+    time.sleep(0.02)
+    line.link.begin(time.monotonic_ns(), LIMITS)
+    whys = [line.link.take(line.recorder, None)]
+    while whys[-1] == live.SIGNAL_DUE:
+        whys.append(line.link.take(line.recorder, None))
+    assert whys[-1] == live.BEHIND
+    assert line.link.lag_ns > 1_000_000
+    line.link.conflating = True
+    while whys[-1] != live.CAUGHT_UP:
+        whys.append(line.link.take(line.recorder, None))
+    assert line.link.lag_ns == 0
+    assert line.link.longest_lag_ns > 1_000_000
+    assert line.pipeline.counters["messages"] == 101
+    line.link.forget_lag()
+    assert line.link.longest_lag_ns == 0
+
+
+def test_nothing_is_allocated_for_a_message(lines: Any) -> None:
+    """100,000 messages in steady state: no block and no byte more than before."""
+    line = lines(messages=210_000)
+    warm, counted, traced = (
+        line.messages[start:stop]
+        for start, stop in ((0, 10_000), (10_000, 110_000), (110_000, 210_000))
+    )
+
+    def pass_on(messages: list[bytes]) -> None:
+        for start in range(0, len(messages), 500):
+            line.send(messages[start : start + 500])
+            why = live.TURN_ENDED
+            while why != live.NOTHING_WAITS:
+                line.link.begin(time.monotonic_ns(), LIMITS)
+                why = line.link.take(line.recorder, None)
+            try:
+                while True:
+                    line.signals.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                pass
+
+    pass_on(warm)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    pass_on(counted)
+    gc.collect()
+    grown = sys.getallocatedblocks() - before
+    tracemalloc.start()
+    pass_on(traced[:1_000])
+    first = tracemalloc.take_snapshot()
+    pass_on(traced[1_000:])
+    last = tracemalloc.take_snapshot()
+    tracemalloc.stop()
+    own = [tracemalloc.Filter(True, "*/engine/*"), tracemalloc.Filter(True, "*/feeds/*")]
+    changed = last.filter_traces(own).compare_to(first.filter_traces(own), "filename")
+    assert line.pipeline.counters["messages"] == 210_001
+    assert line.link.sent[0] > 10_000
+    assert grown <= 4  # of 100,000 messages: numbers that the pipeline counts with
+    assert sum(max(0, one.count_diff) for one in changed) <= 4
