@@ -37,15 +37,13 @@ from benchmarks.book_replay import DROPPED_LEVELS, LEVELS, MESSAGES, BookReplay,
 from benchmarks.dict_book import DictBooks
 from benchmarks.hftbacktest_rival import HftBacktest
 from benchmarks.provenance import (
-    RECORDING,
     REFERENCE,
-    VENUE,
     commit,
     machine,
-    recorded,
     versions,
 )
 from benchmarks.replay_report import ReplayBench, RivalRuns, Runs
+from benchmarks.source_tape import default_tape
 from engine.backends.registry import open_backend
 from engine.book import ASK, BID
 from engine.bundle import load_bundle
@@ -58,8 +56,6 @@ from feeds.tape_reader import TapeReader
 from feeds.wire import LEVEL_BYTES
 from replay.session import choose_config
 
-SIMULATED_MESSAGES: Final = 200_000
-SIMULATED_SEED: Final = 1
 MAX_RECORDS_BYTES: Final = 1 << 31
 MAX_RIVAL_BYTES: Final = 1 << 26  # decoded for them, they take many times as much
 JITTER_S: Final = 1.0
@@ -111,7 +107,7 @@ def bench_replay(
     """
     with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
         progress("preparing the tape")
-        tape, source = (path, "given") if path is not None else _default_tape(Path(folder))
+        tape, source = (path, "given") if path is not None else default_tape(Path(folder))
         config, records = _records(tape)
     others: dict[str, Rival] = {}
     left_out = {"rivals": "not asked for"}
@@ -210,21 +206,6 @@ def _records(tape: Path) -> tuple[Config, Records]:
             )
         records.append((chunk.buf[chunk.start : chunk.stop].copy(), 0, chunk.stop - chunk.start))
     return config, records
-
-
-def _default_tape(folder: Path) -> tuple[Path, str]:
-    recording = recorded(RECORDING)
-    if recording is not None:
-        from feeds.venues.convert import convert
-
-        target = folder / "recording.tape"
-        convert(recording, VENUE, out=target)
-        return target, recording.name
-    from feeds.simulator import Simulator
-
-    target = folder / "simulated.tape"
-    Simulator(seed=SIMULATED_SEED, n_instruments=1).write_tape(target, SIMULATED_MESSAGES)
-    return target, f"simulator seed={SIMULATED_SEED}"
 
 
 def _pin() -> tuple[int | None, set[int] | None]:

@@ -54,6 +54,7 @@ _BEST: Final = _BASE + 1  # cell of the best level, -1 where the window is empty
 _NEAR: Final = _BASE + 2  # levels in the window
 _FAR: Final = _BASE + 3  # levels in `far`
 ROW_CELLS: Final = _BASE + 8
+_WORST: Final = np.iinfo(np.int64).min  # below every goodness
 
 
 @inner("void(int64[::1], int64)")
@@ -69,6 +70,19 @@ def _unmark(row, cell):  # type: ignore[no-untyped-def]
     row[_AT_WORDS + word] &= ~(np.int64(1) << (cell & 63))
     if row[_AT_WORDS + word] == 0:
         row[_AT_SUPER + (word >> 6)] &= ~(np.int64(1) << (word & 63))
+
+
+@inner("void(int64[::1], int64, int64)")
+def _put_mark(row, cell, stands):  # type: ignore[no-untyped-def]
+    """`_mark` where ``stands`` is 1, `_unmark` where it is 0, without a branch."""
+    word = cell >> 6
+    at = cell & 63
+    bits = (row[_AT_WORDS + word] & ~(np.int64(1) << at)) | (stands << at)
+    row[_AT_WORDS + word] = bits
+    above = word >> 6
+    at = word & 63
+    words = row[_AT_SUPER + above] & ~(np.int64(1) << at)
+    row[_AT_SUPER + above] = words | (np.int64(bits != 0) << at)
 
 
 @njit("int64(int64[::1], int64)", cache=True)
@@ -305,7 +319,6 @@ def apply_levels(window, far, top, depth, flow, buf, start):  # type: ignore[no-
     int
         Levels dropped because the book was full.
     """
-    flow[:] = 0
     dropped = 0
     at = start + HEADER_BYTES + load_u16(buf, start)
     for side in range(2):
@@ -313,24 +326,51 @@ def apply_levels(window, far, top, depth, flow, buf, start):  # type: ignore[no-
         count = load_u16(buf, at + 2)
         at += GROUP_HEADER_BYTES
         sign = 1 if side == BID else -1
-        full = depth[side] == TOP_LEVELS
-        worst = sign * top[side, PRICE, 0]
-        seen = not full and count > 0
+        row = window[side]
+        worst = sign * top[side, PRICE, 0] if depth[side] == TOP_LEVELS else _WORST
+        reached = _WORST
+        added = 0
+        removed = 0
+        # Kept out of memory while the levels are plain ones: most are, and nothing tells which
+        # kind the next one is, so they are set without a branch.
+        base, best, near = row[_BASE], row[_BEST], row[_NEAR]
+        room = far.shape[2] - 1 - row[_FAR]
         for _ in range(count):
             price = load_i64(buf, at)
             quantity = load_i64(buf, at + 8)
-            before = set_level(window, far, side, price, quantity)
-            if before < 0:
-                dropped += 1
-                before = 0
-            change = quantity - before
-            if change > 0:
-                flow[2 * side] += change
+            goodness = sign * price
+            cell = goodness - base
+            if (
+                cell < 0
+                or cell >= WINDOW
+                or best < 0
+                or near >= room
+                or (quantity == 0 and cell == best)
+            ):
+                row[_BEST], row[_NEAR] = best, near
+                before = set_level(window, far, side, price, quantity)
+                base, best, near = row[_BASE], row[_BEST], row[_NEAR]
+                room = far.shape[2] - 1 - row[_FAR]
+                if before < 0:
+                    dropped += 1
+                    before = 0
             else:
-                flow[2 * side + 1] -= change
-            seen = seen or sign * price >= worst
+                before = row[cell]
+                row[cell] = quantity
+                stands = np.int64(quantity != 0)
+                _put_mark(row, cell, stands)
+                near += stands - np.int64(before != 0)
+                best = max(best, (cell + 1) * stands - 1)
+            change = quantity - before
+            gain = max(change, 0)
+            added += gain
+            removed += gain - change
+            reached = max(reached, goodness)
             at += entry
-        if seen:
+        row[_BEST], row[_NEAR] = best, near
+        flow[2 * side] = added
+        flow[2 * side + 1] = removed
+        if count > 0 and reached >= worst:
             refresh_top(window, far, top, depth, side)
     return dropped
 

@@ -73,23 +73,26 @@ def normalise(vector, norm, clip, seen, x):  # type: ignore[no-untyped-def]
     int
         0, or what the value check has against it.
     """
-    check = 0
+    bad = beyond = stuck = 0
+    one, zero = np.float32(1.0), np.float32(0.0)
+    # Every input takes the same way, whatever it is, so that four of them can take it at a time.
     for i in range(len(vector)):
         value = (vector[i] - norm[MEAN, i]) * norm[INV_SCALE, i]
-        if not np.isfinite(value):
-            check |= CHECK_INPUT
-            x[0, i] = np.float32(0.0)
-            continue
-        x[0, i] = np.float32(min(max(value, -clip), clip))
+        size = abs(value)
+        finite = size < np.inf
+        clipped = value if value > -clip else -clip
+        clipped = clipped if clipped < clip else clip
+        x[0, i] = np.float32(clipped) if finite else zero
         # Before the clip: a value that stays beyond it may well move.
         whole = np.float32(value)
-        if abs(value) > norm[BOUND, i]:
-            check |= CHECK_RANGE
-        elif whole == seen[LAST, i]:
-            seen[RUN, i] += np.float32(1.0)  # exact up to 2^24, then it stays
-            if norm[MAX_CONSTANT, i] > 0.0 and seen[RUN, i] >= norm[MAX_CONSTANT, i]:
-                check |= CHECK_STUCK_INPUT
-        else:
-            seen[LAST, i] = whole
-            seen[RUN, i] = np.float32(0.0)
-    return check
+        inside = finite & (size <= norm[BOUND, i])
+        last, run = seen[LAST, i], seen[RUN, i]
+        same = whole == last
+        longer = run + one  # exact up to 2^24, then it stays
+        seen[RUN, i] = (longer if same else zero) if inside else run
+        seen[LAST, i] = whole if inside & (not same) else last
+        most = norm[MAX_CONSTANT, i]
+        bad |= 0 if finite else 1
+        beyond |= 1 if finite & (not inside) else 0
+        stuck |= 1 if inside & same & (most > 0.0) & (np.float64(longer) >= most) else 0
+    return bad * CHECK_INPUT + beyond * CHECK_RANGE + stuck * CHECK_STUCK_INPUT
