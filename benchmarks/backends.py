@@ -231,8 +231,8 @@ def _contest(
     racing = [entry for entry in entries if entry.lane_of is not None]
     lanes = [entry.lane_of(0) for entry in racing if entry.lane_of is not None]
     *timings, empty = time_in_turn(
-        [*lanes, _empty_lane(bundle)],
-        _timed_rows(bundle),
+        [*lanes, empty_lane(bundle)],
+        timed_rows(bundle),
         rounds,
         counters=[*(counter_of(entry.facts["device"]) for entry in racing), None],
         progress=lambda share: progress(f"{bundle.name}: timing in turn", share),
@@ -247,7 +247,9 @@ def _contest(
     return entries
 
 
-def _empty_lane(bundle: Bundle) -> Lane:
+def empty_lane(bundle: Bundle) -> Lane:
+    """A call that does nothing: what timing one costs."""
+
     def nothing() -> None:
         pass
 
@@ -255,7 +257,8 @@ def _empty_lane(bundle: Bundle) -> Lane:
     return Lane(x, np.zeros(bundle.n_outputs, dtype=np.float32), (nothing,), nothing)
 
 
-def _timed_rows(bundle: Bundle) -> np.ndarray:
+def timed_rows(bundle: Bundle) -> np.ndarray:
+    """Inputs that a bundle's contestants take in turn, float32 of shape (rows, features)."""
     model = onnx.load_model_from_string(bundle.model_bytes("int8"))
     steps = input_steps(model, bundle.input_name, bundle.clip)
     drawn = hard_inputs(np.random.default_rng(1), (1, bundle.n_features), bundle.clip, steps)

@@ -193,26 +193,6 @@ def calibration(run: Path, observer: str, as_json: bool) -> None:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def crossover(as_json: bool) -> None:
-    """From how many parameters on INT8 is faster than FP32 in ONNX Runtime on this machine."""
-    import msgspec
-    from rich.console import Console
-
-    from benchmarks.quantisation import bench_crossover, show_rows
-
-    with Console(stderr=True).status("measuring") as status:
-        result = bench_crossover(progress=status.update)
-    if as_json:
-        click.echo(msgspec.json.encode(result).decode())
-        return
-    show_rows("one step of an MLP", result.rows)
-    at = result.crossover_parameters
-    click.echo("INT8 is not faster at any size" if at is None else f"INT8 is faster from {at:,} on")
-    click.echo(f"jitter: {result.jitter}")
-
-
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def deeplob(as_json: bool) -> None:
     """Two public DeepLOB networks on recorded futures data: INT8 against FP32, by observer.
 

@@ -1,7 +1,7 @@
-"""``octick bench calibration`` and ``octick bench crossover``: the field's claims, measured.
+"""``octick bench calibration``: the field's claims about calibration, measured.
 
-How many calibration rows are enough, and whether they or symmetric zero points mend a difference
-between PyTorch and ONNX Runtime; and from how many parameters on INT8 is faster than FP32.
+How many rows are enough, and whether they or symmetric zero points mend a difference between
+PyTorch and ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -17,13 +17,8 @@ from typing import Any, Final
 import msgspec
 
 from benchmarks.provenance import ROOT, commit, machine, versions
-from engine.jitter import Jitter, measure_jitter
 
 CALIBRATION_ROWS: Final = (1_000, 10_000, 100_000)
-CROSSOVER_WIDTHS: Final = (16, 32, 64, 128, 256, 512, 1024, 2048)
-FEATURES: Final = 96
-LATENCY_ROUNDS: Final = 5
-JITTER_SECONDS: Final = 1.0
 # A process of its own for each: what counts is the greatest resident memory of one calibration.
 _CALIBRATE: Final = """
 import json, resource, sys
@@ -102,73 +97,6 @@ def bench_calibration(
     return CalibrationBench(
         str(run),
         found,
-        machine(),
-        versions(),
-        commit(),
-        datetime.now(UTC).isoformat("T", "seconds"),
-    )
-
-
-class CrossoverBench(msgspec.Struct, frozen=True):
-    """INT8 against FP32 of one dense network, by its parameters.
-
-    Attributes
-    ----------
-    rows : list of dict
-        ``parameters``, ``p50_us_int8``, ``p50_us_fp32``, ``speed_up``, ``size_ratio``.
-    crossover_parameters : int or None
-        Fewest measured from which INT8 stays faster; None where it never is.
-    jitter : Jitter
-        Gaps of a loop that only reads the clock, beside it.
-    """
-
-    rows: list[dict[str, Any]]
-    crossover_parameters: int | None
-    jitter: Jitter
-    machine: dict[str, str | int]
-    versions: dict[str, str]
-    commit: str
-    date: str
-
-
-def bench_crossover(*, progress: Callable[[str], Any] = lambda _: None) -> CrossoverBench:
-    """Time one step of ever wider MLPs in ONNX Runtime, both precisions in turn."""
-    from models.comparison import interleaved_latency
-    from models.operations import Spec
-    from models.quantised_graph import quantised_graph
-    from models.scheme import make_scheme
-    from models.shapes import describe, initial_parameters
-    from models.step_graph import float_graph
-    from models.step_session import StepSession
-    from models.verify import hard_rows
-
-    rows: list[dict[str, Any]] = []
-    x = hard_rows(FEATURES, 4.0, 256)
-    for width in CROSSOVER_WIDTHS:
-        progress(f"two layers of {width}")
-        spec = Spec("mlp", FEATURES, 3, widths={"hidden0": width, "hidden1": width})
-        parameters = initial_parameters(spec, 0)
-        scheme = make_scheme(spec, parameters, lambda _: (-8.0, 8.0), rule="free")
-        int8, _ = quantised_graph(spec, parameters, scheme, {})
-        fp32, _ = float_graph(spec, parameters, {})
-        sessions = [StepSession(model, ()) for model in (int8, fp32)]
-        (p50, _), (p50_float, _) = interleaved_latency(sessions, x, LATENCY_ROUNDS)
-        sizes = [len(model.SerializeToString()) for model in (int8, fp32)]
-        rows.append(
-            {
-                "parameters": describe(spec).parameters,
-                "p50_us_int8": p50,
-                "p50_us_fp32": p50_float,
-                "speed_up": round(p50_float / p50, 3),
-                "size_ratio": round(sizes[0] / sizes[1], 3),
-            }
-        )
-    slower = [i for i, row in enumerate(rows) if row["speed_up"] <= 1.0]
-    first = slower[-1] + 1 if slower else 0
-    return CrossoverBench(
-        rows,
-        rows[first]["parameters"] if first < len(rows) else None,
-        measure_jitter(JITTER_SECONDS),
         machine(),
         versions(),
         commit(),

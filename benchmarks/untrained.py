@@ -6,6 +6,7 @@ value check made by the very code that makes a trained bundle. Its scores mean n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +24,35 @@ INPUT_BOUND: Final = 10_000.0
 CALIBRATION_SD: Final = 1.0
 
 
-def make_untrained(arch: str, folder: Path, seed: int = 0) -> Path:
+def draw_network(
+    arch: str, seed: int = 0, widths: Mapping[str, int] | None = None
+) -> tuple[Spec, dict[str, np.ndarray]]:
+    """A network and drawn weights for it, BatchNorm folded: the same seed gives the same ones.
+
+    Parameters
+    ----------
+    arch : str
+        A key of `models.architectures.ARCHITECTURES`.
+    seed : int
+    widths : mapping of str to int, optional
+        Of layers that are to have another width than the architecture's.
+
+    Raises
+    ------
+    InputError
+        If there is no such architecture.
+    """
+    from models.labels import CLASSES
+    from models.operations import Spec
+    from models.shapes import fold_norms
+
+    spec = Spec(arch, N_FEATURES, len(CLASSES), CLIP, dict(widths or {}))
+    return spec, fold_norms(spec, _drawn(spec, seed))
+
+
+def make_untrained(
+    arch: str, folder: Path, seed: int = 0, widths: Mapping[str, int] | None = None
+) -> Path:
     """Write a bundle of an architecture with drawn weights, exact-int8, its value check included.
 
     Parameters
@@ -34,6 +63,8 @@ def make_untrained(arch: str, folder: Path, seed: int = 0) -> Path:
         The bundle's.
     seed : int
         Of weights and calibration rows: the same seed gives the same bundle.
+    widths : mapping of str to int, optional
+        See `draw_network`.
 
     Raises
     ------
@@ -42,7 +73,7 @@ def make_untrained(arch: str, folder: Path, seed: int = 0) -> Path:
     """
     from models.extra import need_models_extra
 
-    need_models_extra("octick bench backends --arch")
+    need_models_extra("an untrained network")
 
     from engine.backends.exactness import prove_exact
     from engine.manifest import VIOLATIONS, CheckSection, StateSection
@@ -53,16 +84,14 @@ def make_untrained(arch: str, folder: Path, seed: int = 0) -> Path:
     from models.labels import CLASSES
     from models.numerics import ObservingNumerics
     from models.observers import make_observer
-    from models.operations import Spec
     from models.quantised_graph import quantised_graph
     from models.scheme import make_scheme
-    from models.shapes import describe, fold_norms
+    from models.shapes import describe
     from models.step_graph import float_graph
     from models.value_checks import with_checks
 
-    spec = Spec(arch, N_FEATURES, len(CLASSES), CLIP)
+    spec, parameters = draw_network(arch, seed, widths)
     anatomy = describe(spec)
-    parameters = fold_norms(spec, _drawn(spec, seed))
     rng = np.random.default_rng(seed)
     drawn = rng.normal(scale=CALIBRATION_SD, size=(STREAMS, ROWS, N_FEATURES))
     rows = np.clip(drawn, -CLIP, CLIP).astype(np.float32)
