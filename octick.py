@@ -89,6 +89,7 @@ _COMMANDS: Final[dict[str, Any]] = {
         "deeplob": ("benchmarks.cli", "deeplob", "Public DeepLOB weights, INT8 against FP32."),
         "drift": ("benchmarks.cli", "drift", "Delay of drift alerts, and false ones in a day."),
         "day": ("benchmarks.cli", "day", "A simulated day that crosses a recalibration."),
+        "features": ("benchmarks.parts_cli", "features", "Nanoseconds an update of the features."),
         "halt": ("benchmarks.cli", "halt", "How soon a halt takes effect at full load."),
         "latency": ("benchmarks.speed_cli", "latency", "Tick to signal, beside a plain echo."),
         "overload": (

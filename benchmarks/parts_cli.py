@@ -1,4 +1,4 @@
-"""``octick bench inference`` and ``crossover``: parts of the hot path on their own.
+"""``octick bench inference``, ``crossover``, ``features``: parts of the hot path on their own.
 
 Heavy imports stand inside the functions.
 """
@@ -60,6 +60,27 @@ def crossover(as_json: bool) -> None:
 
     with stages() as progress:
         result = bench_crossover(progress=progress)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)
+
+
+@click.command()
+@click.option("--runs", type=click.IntRange(1, 1_000), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def features(runs: int, as_json: bool) -> None:
+    """Nanoseconds an update of all features, and of each stage that makes some of them.
+
+    On the recording in OCTICK_DATA, or on a simulated market where there is none.
+    """
+    import msgspec
+
+    from benchmarks.features import bench_features, show
+    from feeds.progress import stages
+
+    with stages() as progress:
+        result = bench_features(runs, progress=progress)
     if as_json:
         click.echo(msgspec.json.encode(result).decode())
     else:

@@ -123,7 +123,7 @@ def bench_replay(
         "signals": lambda: ours.run_signals(Pipeline(served, bundle, opened)),
         **{name: rival.run for name, rival in others.items()},
     }
-    core, allowed = _pin()
+    core, allowed = pin()
     gc.collect()
     gc.freeze()  # millions of decoded levels are no garbage to look through while we measure
     opened = open_backend(backend, bundle, served.model.device)
@@ -208,7 +208,7 @@ def _records(tape: Path) -> tuple[Config, Records]:
     return config, records
 
 
-def _pin() -> tuple[int | None, set[int] | None]:
+def pin() -> tuple[int | None, set[int] | None]:
     """Stay on one core, where the platform lets us; returns it, and what was allowed before."""
     if not hasattr(os, "sched_setaffinity"):
         return None, None
