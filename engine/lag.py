@@ -5,10 +5,11 @@ Two bounds from above are known of how long a message waited, and the smaller on
 
 - it came after the last time that no message waited, so it waited no longer than since then;
 - its age by its source's clock, less the least age that any message had lately. The least age is
-  what clocks that differ and the way here cost a message that waits for nothing.
+  what clocks that differ and the way here cost a message that waits for nothing. This holds only
+  while that clock runs no faster than ours: a tape published at ten times its speed grows younger
+  all the time.
 
-The second holds where the engine is busy for long but not behind; the first where a source's clock
-says nothing (a tape at another speed, a venue without one).
+The second is the closer one where the engine is busy for long but not behind.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ LEAST_AT: Final = 2  # monotonic time at which it was taken over
 AGE: Final = 3  # of the last message
 LAG: Final = 4  # of the last message
 LONGEST: Final = 5  # since somebody looked
-LAG_FIELDS: Final = 6
+SINCE: Final = 6  # monotonic time from which on the source's clock is watched
+SINCE_SOURCE: Final = 7  # what that clock said then
+STEADY: Final = 8  # 1 = it runs no faster than ours
+LAG_FIELDS: Final = 9
 
 RENEW_NS: Final = 1_000_000_000  # clocks drift: the least age is taken anew so often
+FASTER_SHIFT: Final = 2  # a clock that gains more than a quarter is no clock to go by
 _UNKNOWN: Final = np.iinfo(np.int64).max
 
 
@@ -57,11 +62,19 @@ def received(lag, buf, start, length, now_ns, offset_ns):  # type: ignore[no-unt
     """A message at ``buf[start]`` was received at monotonic time ``now_ns``."""
     waited = now_ns - lag[EMPTY]
     if length >= wire.HEADER_BYTES + wire.PREFIX_BYTES:
-        age = now_ns + offset_ns - load_i64(buf, start + wire.AT_SOURCE_TIME)
+        source_ns = load_i64(buf, start + wire.AT_SOURCE_TIME)
+        watched = now_ns - lag[SINCE]
+        if watched > RENEW_NS:
+            gained = source_ns - lag[SINCE_SOURCE] - watched
+            lag[STEADY] = 1 if gained <= watched >> FASTER_SHIFT else 0
+            lag[SINCE] = now_ns
+            lag[SINCE_SOURCE] = source_ns
+        age = now_ns + offset_ns - source_ns
         lag[AGE] = age
         if age < lag[LEAST_AGE]:
             lag[LEAST_AGE] = age
             lag[LEAST_AT] = now_ns
-        waited = min(waited, age - lag[LEAST_AGE])
+        if lag[STEADY] == 1:
+            waited = min(waited, age - lag[LEAST_AGE])
     lag[LAG] = waited
     lag[LONGEST] = max(lag[LONGEST], waited)

@@ -51,7 +51,7 @@ class Turns:
         self._on_slow_poll = on_slow_poll
         self._on_timer = on_timer
         self._timer_s = timer_s
-        self._going_on = False
+        self._going_on = self._stopped = False
         self._readers: list[Reader] = []
         self._timers: list[asyncio.Handle] = []
 
@@ -73,6 +73,7 @@ class Turns:
 
     def stop(self) -> None:
         """End. Stopping twice is fine."""
+        self._stopped = True  # a turn that goes on is on its way already
         for timer in self._timers:
             timer.cancel()
         for fd, _ in self._readers:
@@ -97,7 +98,7 @@ class Turns:
             self._go_on()
 
     def _go_on(self) -> None:
-        self._going_on = self._drain(0)
+        self._going_on = not self._stopped and self._drain(0)
         if self._going_on:
             self._loop.call_soon(self._go_on)
 

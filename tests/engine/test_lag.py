@@ -28,6 +28,13 @@ class Feed:
     def rest(self, now_ns: int) -> None:
         emptied(self.lag, now_ns)
 
+    def settle(self) -> int:
+        """Three seconds of messages that wait for nothing; the time after them."""
+        for k in range(1, 301):
+            self.rest(k * 10 * MS)
+            self.take(k * 10 * MS, OFFSET + k * 10 * MS)
+        return 3_000 * MS
+
 
 def test_a_message_that_waits_for_nothing_has_no_lag_whatever_its_clock_says() -> None:
     feed = Feed()
@@ -39,12 +46,12 @@ def test_a_message_that_waits_for_nothing_has_no_lag_whatever_its_clock_says() -
 
 def test_messages_that_waited_tell_how_long() -> None:
     feed = Feed()
-    feed.take(1 * MS, OFFSET + 1 * MS)
-    feed.rest(2 * MS)
+    now = feed.settle()
+    feed.rest(now + 2 * MS)
     # Three come at 3, 4 and 5 ms; all are taken from 50 ms on.
-    assert feed.take(50 * MS, OFFSET + 3 * MS) == 47 * MS
-    assert feed.take(50 * MS, OFFSET + 4 * MS) == 46 * MS
-    assert feed.take(51 * MS, OFFSET + 5 * MS) == 46 * MS
+    assert feed.take(now + 50 * MS, OFFSET + now + 3 * MS) == 47 * MS
+    assert feed.take(now + 50 * MS, OFFSET + now + 4 * MS) == 46 * MS
+    assert feed.take(now + 51 * MS, OFFSET + now + 5 * MS) == 46 * MS
     assert feed.lag[LONGEST] == 47 * MS
 
 
@@ -59,13 +66,22 @@ def test_lag_is_no_longer_than_since_nothing_waited() -> None:
 
 def test_a_busy_engine_that_keeps_up_has_no_lag() -> None:
     feed = Feed()
-    for k in range(1_000):  # a queue that never empties, every message as young as the first
-        assert feed.take(k * MS, OFFSET + k * MS) == 0
+    now = feed.settle()
+    for k in range(1, 1_000):  # a queue that never empties, every message as young as the first
+        assert feed.take(now + k * MS, OFFSET + now + k * MS) == 0
+
+
+def test_a_clock_that_runs_faster_than_ours_hides_no_lag() -> None:
+    feed = Feed()
+    feed.rest(0)
+    for k in range(1, 3_000):  # a tape at ten times its speed, and a queue that never empties
+        feed.take(k * MS, OFFSET + 10 * k * MS)
+    assert feed.lag[LAG] == 2_999 * MS
 
 
 def test_nothing_waiting_ends_a_lag() -> None:
     feed = Feed()
-    feed.take(MS, OFFSET + MS)
+    feed.rest(MS)
     feed.take(90 * MS, OFFSET + 2 * MS)
     assert feed.lag[LAG] > 0
     feed.rest(91 * MS)

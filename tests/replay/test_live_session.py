@@ -70,6 +70,38 @@ def test_a_session_with_faults_heals_and_still_replays(
     assert not any(symbol == "GAMMA" for symbol, _ in texts)
 
 
+def test_a_flooded_session_conflates_loses_nothing_and_replays(
+    processes: Processes, reference_bundle: Path
+) -> None:
+    market = processes.market(*("--speed", "max", "--messages", "60000", "--wait-subscribers", "1"))
+    extra = "[overload]\nconflate_after_ns = 1_000_000\nconflate_every_ns = 1_000_000_000\n"
+    engine = processes.engine(processes.config(reference_bundle, extra=extra))
+    market.communicate(timeout=READY_S)
+    processes.wait_for_records(60_000)
+    totals = stop(engine)
+    assert totals["messages"] >= 60_000
+    assert totals["lost"] == totals["gaps"] == 0
+    assert totals["conflations"] > 0
+    assert totals["lag_max_ms"] > 1.0
+    assert totals["signals"] < totals["messages"] / 10, "an instrument has few in a second"
+    result = processes.verify(reference_bundle)
+    assert result["verification"]["differing"] == 0
+    assert result["verification"]["recorded"] == totals["signals"]
+
+
+def test_a_session_stopped_in_a_flood_tells_what_it_recorded(
+    processes: Processes, reference_bundle: Path
+) -> None:
+    market = processes.market("--speed", "max", "--wait-subscribers", "1")
+    engine = processes.engine(processes.config(reference_bundle))
+    processes.wait_for_records(2_000)
+    totals = stop(engine)
+    market.kill()
+    result = processes.verify(reference_bundle)
+    assert result["messages"] == totals["messages"]
+    assert result["verification"]["recorded"] == totals["signals"]
+
+
 def test_busy_polling_records_and_replays_the_same(
     processes: Processes, reference_bundle: Path
 ) -> None:
