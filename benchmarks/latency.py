@@ -20,12 +20,14 @@ import numpy as np
 
 from benchmarks.provenance import REFERENCE, commit, machine, versions
 from benchmarks.source_tape import default_tape
+from benchmarks.stages import Stage, time_stages
 from benchmarks.wire_setup import ECHO, ENGINE, WARM_SHARE, Turn, Wired, wired
 from engine.jitter import Jitter, measure_jitter
 from engine.signals import AT_RECEIVED
 from feeds import tape
 from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
+from replay.session import choose_config
 
 TRANSPORTS: Final = ("ipc", "tcp")
 RATES: Final = (1_000, 10_000, 50_000)
@@ -75,6 +77,7 @@ class LatencyBench(msgspec.Struct, frozen=True):
     wire_over_echo_p50: float
     wire_over_echo_p99: float
     cells: list[Cell]
+    stages: list[Stage]
     backend: str
     source: str
     runs: int
@@ -131,6 +134,10 @@ def bench_latency(
         arrivals = arrivals_of(source)
         progress("measuring the host")
         jitter = [measure_jitter(JITTER_S)]
+        stages: list[Stage] = []
+        if backend == "compiled":
+            progress("stage by stage")
+            stages = time_stages(source, model, choose_config([TapeReader(source).meta], None))
         for transport in transports:
             progress(f"{transport}: starting the engine")
             with wired(transport, source, model, backend, sections=sections) as on:
@@ -159,6 +166,7 @@ def bench_latency(
         wire_over_echo_p50=first.wire_over_echo_p50,
         wire_over_echo_p99=first.wire_over_echo_p99,
         cells=cells,
+        stages=stages,
         backend=backend,
         source=name,
         runs=runs,
@@ -298,6 +306,11 @@ def show(result: LatencyBench) -> None:
         )
     console = wide_console()
     console.print(table)
+    if result.stages:
+        console.print(
+            "stages, median ns: "
+            + ", ".join(f"{one.stage} {one.p50_ns:,}" for one in result.stages)
+        )
     jitter = result.jitter
     console.print(
         f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording, "

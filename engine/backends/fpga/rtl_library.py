@@ -96,10 +96,19 @@ module round_shift #(
     assign value = rounded >>> SHIFT;
   end else if (SHIFT > 0) begin : chosen_right
     logic [ABOVE_BITS-1:0] above_1;
-    wire signed [OUT_BITS-1:0] kept = wide >>> SHIFT >>> above;
-    wire signed [OUT_BITS-1:0] added =
-        (OFFSET <<< SHIFT <<< above) + (ONE <<< (SHIFT - 1) <<< above) - ONE;
-    wire [OUT_BITS:0] sum = {{wide, 1'b1}} + {{added, kept[0]}};
+    // One of SPAN + 1 constants, not a sum of its own in front of the adder.
+    logic signed [OUT_BITS-1:0] added;
+    logic odd;
+    always_comb begin
+      added = '0;
+      odd = 1'b0;
+      for (int v = 0; v <= SPAN; v = v + 1)
+        if (above == ABOVE_BITS'(v)) begin
+          added = (OFFSET <<< (SHIFT + v)) + (ONE <<< (SHIFT - 1 + v)) - ONE;
+          odd = wide[SHIFT + v];
+        end
+    end
+    wire [OUT_BITS:0] sum = {{wide, 1'b1}} + {{added, odd}};
     always_ff @(posedge clk) if (en) begin
       rounded <= sum[OUT_BITS:1];
       above_1 <= above;
