@@ -35,6 +35,7 @@ SPIN_NS: Final = 20_000  # of a wait, before a message is due
 DEFINE_EVERY_S: Final = 0.02
 RECEIVE_TIMEOUT_MS: Final = 50
 HWM: Final = 1_000_000
+NOT_DUE_NS: Final = 0  # when what is on no schedule should leave
 PR_SET_TIMERSLACK: Final = 29
 _FIRST: Final = int(zmq.SNDMORE)
 _TIME: Final = struct.Struct("<q")
@@ -84,7 +85,7 @@ class Sender:
             epoch, seq, at_ns = self._departures.numbers(slot)
             key = (meta.source_id, meta.instrument_id, max(epoch, 0), seq)
             names = (meta.venue, meta.symbol, Decimal(meta.tick), Decimal(meta.lot))
-            message = codec.encode_instrument(*key, *names, at_ns, time.monotonic_ns())
+            message = codec.encode_instrument(*key, *names, at_ns, NOT_DUE_NS)
             self._socket.send_multipart([self._topics[slot], message])
 
     def sides(self) -> list[list[tuple[int, int]]]:
@@ -98,15 +99,8 @@ class Sender:
         send, socket, pack = BackendSocket.send, self._socket, _TIME.pack_into
         clock, due_at = time.monotonic_ns, (schedule_ns + time.monotonic_ns()).tolist()
         for n, due_ns in enumerate(due_at):
-            if self._at == len(self._batch.places):
-                self._departures.sent = self._at
-                self._batch, self._at = next(self._batches), 0
-            place = self._batch.places[self._at]
-            start, size = int(place[outgoing.OFFSET]), int(place[outgoing.LENGTH])
-            topic = self._topics[place[outgoing.SLOT]]
-            message = self._batch.view[start : start + size]
+            topic, message = self._next()
             pack(message, wire.AT_SOURCE_TIME, due_ns)
-            self._at += 1
             left_ns = due_ns - clock()
             if left_ns > SPIN_NS:
                 time.sleep((left_ns - SPIN_NS) * 1e-9)
@@ -119,6 +113,20 @@ class Sender:
             late[n] = clock() - due_ns
         self._departures.sent = self._at
         return late
+
+    def _next(self) -> tuple[bytes, memoryview]:
+        """The next message that changes a book; the others make no signal due and are left out."""
+        while True:
+            if self._at == len(self._batch.places):
+                self._departures.sent = self._at
+                self._batch, self._at = next(self._batches), 0
+            place = self._batch.places[self._at]
+            self._at += 1
+            start, size = int(place[outgoing.OFFSET]), int(place[outgoing.LENGTH])
+            topic = self._topics[place[outgoing.SLOT]]
+            message = self._batch.view[start : start + size]
+            if codec.template_id(message) not in (wire.INSTRUMENT, wire.HEARTBEAT):
+                return topic, message
 
 
 def send(tape: str, *endpoints: str) -> None:
@@ -148,11 +156,15 @@ def receive(endpoint: str) -> None:
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.SUB)
     socket.set_hwm(HWM)
-    socket.setsockopt(zmq.SUBSCRIBE, b"signal.")
+    # Whatever comes first says that the way stands: the engine tells its state every second.
+    socket.setsockopt(zmq.SUBSCRIBE, b"")
     socket.connect(endpoint)
+    socket.recv_multipart()
+    socket.setsockopt(zmq.SUBSCRIBE, b"signal.")
+    socket.setsockopt(zmq.UNSUBSCRIBE, b"")
     socket.setsockopt(zmq.RCVTIMEO, RECEIVE_TIMEOUT_MS)
     _answer(ready=True)
-    newest = 0
+    newest = NOT_DUE_NS
     for command in _commands():
         took, count = np.zeros(command["count"], dtype=np.int64), 0
         recv, clock, unpack = BackendSocket.recv, time.monotonic_ns, _TIME.unpack_from
@@ -191,6 +203,7 @@ def echo(inward: str, outward: str, topic: str, signal_bytes: str) -> None:
     sub.connect(inward)
     pub.bind(outward)
     name, out = topic.encode(), bytearray(int(signal_bytes))
+    sub.recv_multipart()
     _answer(ready=True)
     at, end = AT_SIGNAL_SOURCE_TIME, AT_SIGNAL_SOURCE_TIME + _TIME.size
     first, last = wire.AT_SOURCE_TIME, wire.AT_SOURCE_TIME + _TIME.size

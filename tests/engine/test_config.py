@@ -49,7 +49,7 @@ def test_every_shipped_config_can_run(path: Path) -> None:
 def test_the_simulator_config_names_every_default() -> None:
     shipped = load_config(ROOT / "configs" / "simulator.toml")
     plain = Config()
-    for section in ("trigger", "book", "trust", "limits", "loop", "tape"):
+    for section in ("trigger", "book", "trust", "limits", "overload", "loop", "tape"):
         assert getattr(shipped, section) == getattr(plain, section)
     raw = tomllib.loads((ROOT / "configs" / "simulator.toml").read_text())
     assert set(raw["limits"]) == set(configs.LimitsConfig.__struct_fields__)
