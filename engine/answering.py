@@ -207,3 +207,46 @@ def serve(h, buf, at, stop, clip, room):  # type: ignore[no-untyped-def]
         tracks, shared, params, facts, vector, norm, clip, seen, x, x_bytes, messages, outputs,
         guards, scores, limits_i, limits_f, about, vectors, outs, native, states, round, out,
     )  # fmt: skip
+
+
+@njit("int64(int64[::1], int64, int64, int64, int64)", cache=True)
+def complete(h, inferred, mask, blocked, emitted_ns):  # type: ignore[no-untyped-def]
+    """Remember and encode an inference that was made outside, as `serve` does for its own.
+
+    Parameters
+    ----------
+    h : ndarray of int64
+        As `serve` takes it. ``round`` says whose inference it was, and who answered.
+    inferred : int
+        0 where there was none: nothing is remembered then.
+    mask, blocked, emitted_ns : int
+        See `engine.signals.encode_signal`.
+
+    Returns
+    -------
+    int
+        The reasons against the signal.
+    """
+    shared = carray(pointer(h[60], np.int64), (h[61],))
+    facts = carray(pointer(h[70], np.int64), (h[71],))
+    vector = carray(pointer(h[75], np.float64), (h[76],))
+    messages = carray(pointer(h[100], np.uint8), (h[101], h[102]))
+    outputs = carray(pointer(h[105], np.float32), (h[106],))
+    guards = carray(pointer(h[110], np.int64), (h[111], h[112]))
+    scores = carray(pointer(h[115], np.float32), (h[116], h[117], h[118]))
+    limits_i = carray(pointer(h[120], np.int64), (h[121],))
+    limits_f = carray(pointer(h[125], np.float64), (h[126],))
+    about = carray(pointer(h[130], np.int64), (h[131], h[132]))
+    vectors = carray(pointer(h[135], np.float64), (h[136], h[137]))
+    outs = carray(pointer(h[140], np.float32), (h[141], h[142]))
+    round = carray(pointer(h[155], np.int64), (h[156],))
+    slot = shared[FIRED_SLOT]
+    if inferred != 0:
+        remember(
+            about, vectors, outs, round[TICKET], slot, facts[signals.FACT_SIGNAL_SEQ],
+            round[MODE], round[NEW_STREAM], vector, outputs,
+        )  # fmt: skip
+    return signals.encode_signal(
+        messages[slot], facts, outputs, mask, blocked, round[PRECISION], round[NUMERICS],
+        round[SHADOW], emitted_ns, guards[slot], scores[slot], limits_i, limits_f,
+    )  # fmt: skip

@@ -27,7 +27,6 @@ from engine.config import Config, config_hash
 from engine.handles import new_handles, set_handle
 from engine.hashes import code_hash
 from engine.model_input import RUN, SEEN_ROWS, new_norm, set_norm
-from engine.recent import remember
 from engine.serving import Loaded
 from engine.trust import REASONS
 from engine.trust_events import ARM, CONFLATION, Control, decode_event
@@ -169,7 +168,6 @@ class Pipeline:
         n_outputs = 0 if bundle is None else len(bundle.classes)
         self._outputs: Final = np.zeros(n_outputs, dtype=np.float32)
         self.guards, self.scores = controls.new_guards(n, n_outputs)
-        self._guard_rows, self._score_rows = list(self.guards), list(self.scores)
         self._limits_i, self._limits_f = controls.limits(config.controls, config.failover)
         self.ticket = self.late_ns = 0
         self.fresh = False
@@ -395,13 +393,15 @@ class Pipeline:
         """
         assert self.fired, "no signal is due"
         slot = self.slot
-        facts, keeper = self._facts, self.trust
+        facts, keeper, told = self._facts, self.trust, self._told
         serving, failover = keeper.serving, keeper.failover
         mask = blocked = self.late_ns = 0
+        inferred = False
         emitted_ns = int(facts[signals.FACT_RECEIVED])
         if serving is None:
             self._outputs.fill(0.0)
         elif facts[signals.FACT_REASONS] == 0:
+            inferred = True
             self.ticket += 1
             fresh = self.fresh = bool(self._track[slot, kernel.STREAM_RESET])
             if fresh:
@@ -422,38 +422,17 @@ class Pipeline:
                 self.late_ns = took_ns
             if self.late_ns:
                 blocked = trust.REASON_LATE
-            recent = keeper.recent
-            remember(
-                recent.about,
-                recent.vectors,
-                recent.outputs,
-                self.ticket,
-                slot,
-                facts[signals.FACT_SIGNAL_SEQ],
-                failover.serving,
-                fresh,
-                self.vector,
-                self._outputs,
-            )
+            told[answering.TICKET] = self.ticket
+            told[answering.MODE] = failover.serving
+            told[answering.NEW_STREAM] = fresh
         if failover.mode == trust.MODE_HALTED:
             blocked |= trust.REASON_HALTED
         if clock is not None:
             emitted_ns = clock()
-        reasons = signals.encode_signal(
-            self._messages[slot],
-            facts,
-            self._outputs,
-            mask,
-            blocked,
-            keeper.precision,
-            keeper.numerics,
-            failover.shadow,
-            emitted_ns,
-            self._guard_rows[slot],
-            self._score_rows[slot],
-            self._limits_i,
-            self._limits_f,
-        )
+        told[answering.PRECISION] = keeper.precision
+        told[answering.NUMERICS] = keeper.numerics
+        told[answering.SHADOW] = failover.shadow
+        reasons = answering.complete(self.handles, inferred, mask, blocked, emitted_ns)
         self.signals += 1
         if reasons == 0:
             self.tradable += 1
