@@ -33,6 +33,8 @@ TRANSPORTS: Final = ("ipc", "tcp")
 RATES: Final = (1_000, 10_000, 50_000)
 RECORDED: Final = 0  # as a rate: the recording's own arrival times
 JITTER_S: Final = 1.0
+SHADOW_EVERY: Final = 10
+WARM_MESSAGES: Final = 500
 HEADLINE: Final = ("ipc", 1_000)
 
 
@@ -83,6 +85,7 @@ class LatencyBench(msgspec.Struct, frozen=True):
     runs: int
     seconds: float
     busy_poll: bool
+    shadow_every: int
     totals: list[dict[str, Any]]
     machine: dict[str, str | int]
     versions: dict[str, str]
@@ -100,6 +103,7 @@ def bench_latency(
     model: Path = REFERENCE,
     backend: str = "compiled",
     busy_poll: bool = False,
+    shadow_every: int = SHADOW_EVERY,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> LatencyBench:
     """Measure on a tape of one instrument, by default the recording, else a simulated market.
@@ -118,6 +122,8 @@ def bench_latency(
         What answers.
     busy_poll : bool
         Let the engine never sleep.
+    shadow_every : int
+        Of how many inferences the shadow answers one; 0 for no shadow.
     progress : callable
         Told what is going on.
 
@@ -140,7 +146,12 @@ def bench_latency(
             stages = time_stages(source, model, choose_config([TapeReader(source).meta], None))
         for transport in transports:
             progress(f"{transport}: starting the engine")
-            with wired(transport, source, model, backend, sections=sections) as on:
+            with wired(
+                *(transport, source, model, backend),
+                shadow_every=shadow_every,
+                sections=sections,
+            ) as on:
+                _warm(on)
                 turns: dict[int, list[tuple[Turn, Turn]]] = {rate: [] for rate in rates}
                 for rate in rates:
                     schedule = _schedule(rate, seconds, arrivals)
@@ -172,6 +183,7 @@ def bench_latency(
         runs=runs,
         seconds=seconds,
         busy_poll=busy_poll,
+        shadow_every=shadow_every,
         totals=totals,
         machine=machine(),
         versions=versions(),
@@ -215,6 +227,13 @@ def _turns(on: Wired, schedule: np.ndarray, *, engine_first: bool) -> tuple[Turn
         return on.turn(ENGINE, schedule), on.turn(ECHO, schedule)
     echoed = on.turn(ECHO, schedule)
     return on.turn(ENGINE, schedule), echoed
+
+
+def _warm(on: Wired) -> None:
+    """Let books open and features fill before anything is counted."""
+    schedule = _schedule(RATES[0], WARM_MESSAGES / RATES[0], np.zeros(1, dtype=np.int64))
+    for to in (ENGINE, ECHO):
+        on.turn(to, schedule)
 
 
 def _inside(recording: Path) -> np.ndarray:
@@ -313,8 +332,8 @@ def show(result: LatencyBench) -> None:
         )
     jitter = result.jitter
     console.print(
-        f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording, "
-        "value check and shadow on"
+        f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording and "
+        f"value check on, shadow on 1 in {result.shadow_every}"
     )
     console.print(
         f"host jitter: p50 {jitter.p50_us:.2f} µs, p99 {jitter.p99_us:.2f} µs, max "

@@ -31,6 +31,13 @@ _TRANSPORTS = ("ipc", "tcp")
 @click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
 @click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
 @click.option("--busy-poll", is_flag=True, help="The engine never sleeps.")
+@click.option(
+    "--shadow-every",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="Of how many inferences the shadow answers one; 0: none.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def latency(
     tape: Path | None,
@@ -41,6 +48,7 @@ def latency(
     model: Path | None,
     backend: str,
     busy_poll: bool,
+    shadow_every: int,
     as_json: bool,
 ) -> None:
     """Tick to signal: in the engine, over the wire, and beside a plain ZeroMQ echo.
@@ -63,6 +71,7 @@ def latency(
             model=model or REFERENCE,
             backend=backend,
             busy_poll=busy_poll,
+            shadow_every=shadow_every,
             progress=status.update,
         )
     if as_json:

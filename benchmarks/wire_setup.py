@@ -29,6 +29,10 @@ WARM_SHARE: Final = 0.1  # of each turn, not counted
 BEGIN_S: Final = 20.0
 IDLE_S: Final = 1.0
 REST_S: Final = 0.3  # between turns, so that each signal belongs to one
+# The model may not know the market that it is measured on: what is measured is its speed.
+NO_MOVES: Final = (
+    "[failover]\nviolations = 0\ninput_violations = 0\ndivergences = 0\ndisagreement_rate = 0.0\n"
+)
 ENGINE: Final = 0
 ECHO: Final = 1
 
@@ -104,6 +108,10 @@ class Wired:
         """Stop the engine, take its totals."""
         stop(self._engine)
         self.totals = last_json(self._lines.finish(), "octick run")
+        if self.totals["mode"] != "INT8":
+            raise InputError(
+                "the engine moved away from INT8", where="octick run", found=self.totals["mode"]
+            )
 
     def send(self, to: int, schedule_ns: np.ndarray, *, stamp_due: bool = True) -> dict[str, Any]:
         """Send a load to engine or echo; what the sender says of it.
@@ -190,7 +198,8 @@ def wired(
             f'[model]\nbundle = "{model}"\nbackend = "{backend}"\n'
             f'[publish]\nendpoint = "{signals}"\n'
             f'[tape]\npath = "{folder / "session.tape"}"\n'
-            f'[trigger]\nkind = "{trigger}"\n[shadow]\nevery = {shadow_every}\n{sections}'
+            f'[trigger]\nkind = "{trigger}"\n[shadow]\nevery = {shadow_every}\n'
+            f"{NO_MOVES}{sections}"
         )
         sender = _End(alive, "send", str(source), feed, echo_feed)
         sender.hear()

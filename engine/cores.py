@@ -1,23 +1,57 @@
-"""A core of its own for the hot path.
+"""The hot path first: a core of its own where there is one, and nobody who interrupts it.
 
-The thread of the event loop keeps to one core; every other thread of the process (ZeroMQ's, above
-all) and every process that it starts keeps off it. What else runs on the machine is the operator's
-to keep away, with ``isolcpus`` or a cpuset.
+With a core of its own, the thread of the event loop keeps to that; every other thread of the
+process (ZeroMQ's, above all) and every process that it starts keeps off it. What else runs on the
+machine is the operator's to keep away, with ``isolcpus`` or a cpuset.
 
-Source: sched_setaffinity(2), proc(5), taskset(1).
+On any core, the hot path asks for short time slices: woken up, it is let in at once, and what it
+wakes in turn (ZeroMQ's thread, by sending) does not take the core from it before it is done.
+
+Source: sched_setaffinity(2), sched_setattr(2), sched(7) on SCHED_BATCH, proc(5), taskset(1).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from feeds.errors import InputError
 
+SLICE_NS: Final = 100_000  # the shortest that Linux grants
+# struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period.
+_ATTRIBUTES: Final = struct.Struct("<IIQiIQQQ")
+_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 _THREADS: Final = Path("/proc/self/task")
 _allowed: set[int] = set()  # before `keep_to`
+
+
+def be_patient() -> None:
+    """Let this thread, woken up, take no core from others, and give way to them after a moment."""
+    if not _short_slices(os.SCHED_BATCH):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def be_prompt() -> bool:
+    """Let this thread, woken up, take its core from whoever has it; whether the system does so.
+
+    By a short time slice: from Linux 6.12 on, a thread that asks for less at a time is let in
+    before one that asks for more has used up its own. Elsewhere nothing changes.
+    """
+    return _short_slices(os.SCHED_OTHER)
+
+
+def _short_slices(policy: int) -> bool:
+    number = _SCHED_SETATTR.get(platform.machine())
+    libc = ctypes.CDLL(None, use_errno=True)
+    if number is None or not hasattr(libc, "syscall"):
+        return False
+    attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, os.nice(0), 0, SLICE_NS, 0, 0)
+    return bool(libc.syscall(number, 0, attributes, 0) == 0)
 
 
 def keep_to(core: int) -> None:

@@ -106,7 +106,10 @@ class Daemon:
         try:
             topics = [*self._topics, *self._alert_topics, state.STATE_TOPIC, state.ALERT_TOPIC]
             self.publisher = SignalPublisher(
-                config.publish.endpoint, topics, send_hwm=config.limits.send_hwm
+                config.publish.endpoint,
+                topics,
+                send_hwm=config.limits.send_hwm,
+                context=self._context,
             )
             for feed in config.feeds:
                 self._feeds.append(FeedConnection(self._context, feed, config.limits, names))
@@ -220,6 +223,7 @@ class Daemon:
         while True:
             why = link.take(recorder, None if shadow is None else shadow.handles)
             if why == live.NOTHING_WAITS:
+                self.oversight.look()
                 return False
             if why == live.TURN_ENDED:
                 return True
@@ -417,6 +421,7 @@ class Daemon:
         for number in (os_signal.SIGINT, os_signal.SIGTERM):
             loop.add_signal_handler(number, stopped.set)
         loop.add_signal_handler(os_signal.SIGUSR1, self.oversight.halt, "signal", "SIGUSR1")
+        cores.be_prompt()
         if self.config.loop.core >= 0:
             cores.keep_to(self.config.loop.core)
         gc.collect()

@@ -335,7 +335,8 @@ class LiveLink:
         """
         pipeline, told = self._pipeline, self._told
         arena, at = recorder.room(self._room)
-        pipeline.prepare(True, told[OFFSET_NS])
+        if not pipeline.prepared:
+            pipeline.prepare(True, told[OFFSET_NS])
         handed_to = self._no_shadow if shadow is None else shadow
         why: int = take_waiting(
             pipeline.handles, self._handles, handed_to, arena, at, pipeline.clip

@@ -105,6 +105,8 @@ class Pipeline:
         Of all arrays, in the order in which `engine.answering.serve` takes them.
     clip : float
         Of the model's input.
+    prepared : bool
+        Whether what `prepare` last told the kernels still holds: nothing has moved since.
     """
 
     def __init__(
@@ -237,6 +239,7 @@ class Pipeline:
         )
         self.handles: Final = new_handles(self._served_by)
         self.served: memoryview = _NOTHING
+        self.prepared = False
 
     def advance(self, buf: np.ndarray, at: int, stop: int) -> int:
         """Consume whole tape records of ``buf[at:stop]``; see `engine.advance.advance`.
@@ -252,6 +255,7 @@ class Pipeline:
         InputError
             For a trust event that cannot be read, or a swap to a model that cannot be had.
         """
+        self.prepared = False
         at = self._advance(buf, at, stop)
         while self._shared[kernel.FIRED_SLOT] == kernel.EVENT_DUE:
             if self._follow:
@@ -290,6 +294,7 @@ class Pipeline:
             none.
         """
         self.prepare(clock is not None, offset_ns)
+        self.prepared = False  # for `answering.serve` alone
         room = SERVED_BYTES if clock is None else self.signal_bytes
         at = answering.serve(self.handles, buf, at, stop, self.clip, room)
         self.finish(buf)
@@ -307,6 +312,7 @@ class Pipeline:
         offset_ns : int
             From the monotonic clock to time since the epoch.
         """
+        self.prepared = live
         keeper, told = self.trust, self._told
         serving = keeper.serving
         native = None if serving is None or keeper.late else serving.native_model()
@@ -336,6 +342,7 @@ class Pipeline:
         buf : ndarray of uint8
             What it ran over.
         """
+        self.prepared = False
         keeper, told = self.trust, self._told
         due = self._shared[kernel.FIRED_SLOT]
         n = told[answering.SIGNALS]

@@ -27,6 +27,7 @@ from engine.trust_events import ShadowAnswer
 
 MAX_ANSWERS_A_POLL: Final = 64
 STOP_TIMEOUT_S: Final = 2.0
+LOOK_NS: Final = 50_000_000  # between two looks at a shadow that is well and has nothing to say
 STARTING_NS: Final = 60_000_000_000  # to open its models, before it counts as lost
 
 
@@ -82,7 +83,7 @@ class Shadow:
         self._drift = msgspec.json.encode(drift).decode()
         self._names = names
         self._bundle = bundle
-        self.restarts = 0
+        self.restarts = self._look_ns = 0
         self.why = ""
         self._n_outputs = bundle.n_outputs
         self._row = np.zeros(ring.META, dtype=np.int64)
@@ -188,10 +189,14 @@ class Shadow:
         now_ns : int
             Monotonic time.
         """
+        header = self._ring.header
+        quiet = header[ring.ANSWER_HEAD] == header[ring.ANSWER_TAIL]
+        if quiet and self.health is Health.UP and now_ns < self._look_ns and not self._reload:
+            return [], None
+        self._look_ns = now_ns + min(LOOK_NS, self._config.lost_after_ns // 4)
         if self._reload:
             self._send_reload()
         found = self._answers()
-        header = self._ring.header
         taken = int(header[ring.REQUEST_TAIL])
         if taken != self._done or not self._ring.waiting:
             self._done, self._progress_ns = taken, now_ns

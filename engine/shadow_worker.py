@@ -21,6 +21,7 @@ import numpy as np
 from engine import shadow_ring as ring
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
+from engine.cores import be_patient
 from engine.divergence import new_sketch
 from engine.drift import DriftAlert, DriftConfig, DriftMonitor
 from engine.feature_specs import NAMES
@@ -140,6 +141,7 @@ def main(arguments: list[str]) -> int:
     parent, fd, rows, n_features, n_outputs = (int(text) for text in arguments[:5])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops us
     os.nice(NICE)
+    be_patient()
     area = ring.ShadowRing(fd, rows, n_features, n_outputs)
     drift = msgspec.json.decode(arguments[6], type=DriftConfig)
     serve(area, parent, Path(arguments[5]), drift)
