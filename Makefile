@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test check lint format types imports clean reference bench-replay bench-memory bench-trust fuzz-book
+.PHONY: help demo test check lint format types imports clean reference bench-replay bench-memory bench-speed soak bench-trust fuzz-book
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,15 @@ bench-replay: $(VENV)/.installed ## Book levels, messages and signals a second
 
 bench-memory: $(VENV)/.installed ## Resident memory over a replay of 10 million messages
 	$(BIN)/octick bench memory
+
+bench-speed: $(VENV)/.installed-dev ## Tick to signal, features, overload, start-up (6 min)
+	$(BIN)/octick bench latency
+	$(BIN)/octick bench features
+	$(BIN)/octick bench overload
+	$(BIN)/octick bench start
+
+soak: $(VENV)/.installed-dev ## An hour of market time at twice the recorded peak: memory and tail must not grow
+	$(BIN)/octick bench soak --hours 1
 
 bench-trust: $(VENV)/.installed-dev ## Halts, the shadow's cost, a quiet day, drift, a day with a recalibration (40 min)
 	$(BIN)/octick bench halt
