@@ -1,26 +1,15 @@
-# Hot path: `FeedConnection.receive`; everything else here runs rarely.
+# Cold path: a running engine receives by `engine.live`, over the same sockets.
 """The engine's end of a feed: market data from a SUB socket, snapshots through a DEALER."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import zmq
-from zmq.backend import Socket as BackendSocket
 
 from engine.config import FeedConfig, LimitsConfig
 from feeds import codec
 from feeds.errors import InputError
-
-MAX_TOPIC_BYTES: Final = 256
-_NOBLOCK: Final = int(zmq.NOBLOCK)
-_RCVMORE: Final = int(zmq.RCVMORE)
-# Straight into the binding's core: the Python layer above costs as much as the receive.
-_recv_into: Final = BackendSocket.recv_into
-_get: Final = BackendSocket.get
-
-NOTHING: Final = -1  # `receive`: no message is waiting
-MALFORMED: Final = -2  # `receive`: not two frames, or too large; it was dropped
 
 
 class FeedConnection:
@@ -50,7 +39,6 @@ class FeedConnection:
         self.config = config
         self.malformed = 0
         self._max_bytes = limits.max_message_bytes
-        self._topic = bytearray(MAX_TOPIC_BYTES)
         self.sub: zmq.Socket[Any] = context.socket(zmq.SUB)
         self.sub.setsockopt(zmq.RCVHWM, limits.receive_hwm)
         self.sub.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
@@ -84,29 +72,22 @@ class FeedConnection:
         assert self.dealer is not None
         return int(self.dealer.getsockopt(zmq.FD))
 
-    def receive(self, view: memoryview) -> int:
-        """Receive one message's payload into ``view`` without waiting.
+    def early(self, most: int) -> list[bytes]:
+        """Payloads of at most ``most`` messages that have arrived; for before the engine runs."""
+        payloads: list[bytes] = []
+        for _ in range(most):
+            try:
+                frames = self.sub.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._keep(frames, payloads)
+        return payloads
 
-        Returns
-        -------
-        int
-            Length of the payload, `NOTHING` or `MALFORMED`.
-        """
-        sub = self.sub
-        try:
-            _recv_into(sub, self._topic, nbytes=0, flags=_NOBLOCK)
-        except zmq.Again:
-            return NOTHING
-        if not _get(sub, _RCVMORE):
+    def _keep(self, frames: list[bytes], payloads: list[bytes]) -> None:
+        if len(frames) == 2 and len(frames[1]) <= self._max_bytes:
+            payloads.append(frames[1])
+        else:
             self.malformed += 1
-            return MALFORMED
-        length: int = _recv_into(sub, view, nbytes=0, flags=_NOBLOCK)
-        if _get(sub, _RCVMORE) or length > len(view):
-            while _get(sub, _RCVMORE):
-                _recv_into(sub, self._topic, nbytes=0, flags=_NOBLOCK)
-            self.malformed += 1
-            return MALFORMED
-        return length
 
     def request_snapshot(self, venue: str, symbol: str) -> bool:
         """Ask for a snapshot; False where this feed serves none or its queue is full."""
@@ -128,10 +109,7 @@ class FeedConnection:
                 frames = self.dealer.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return payloads
-            if len(frames) == 2 and len(frames[1]) <= self._max_bytes:
-                payloads.append(frames[1])
-            else:
-                self.malformed += 1
+            self._keep(frames, payloads)
 
     def close(self) -> None:
         """Close both sockets."""

@@ -13,7 +13,7 @@ from typing import Final
 import zmq
 
 from engine.config import LimitsConfig
-from engine.feed import MALFORMED, NOTHING, FeedConnection
+from engine.feed import FeedConnection
 from feeds import codec, tape, wire
 from feeds.errors import InputError
 
@@ -63,7 +63,6 @@ class Handshake:
         self._notice = notice
         self._asked_ns = 0
         self._told_ns = now_ns()
-        self._buffer = memoryview(bytearray(limits.max_message_bytes))
         self._poller = zmq.Poller()
         for feed in feeds:
             self._poller.register(feed.sub, zmq.POLLIN)
@@ -103,12 +102,8 @@ class Handshake:
         for feed in self._feeds:
             for payload in feed.answers():
                 self._take(payload)
-            for _ in range(self._limits.max_drain_messages):
-                length = feed.receive(self._buffer)
-                if length == NOTHING:
-                    break
-                if length != MALFORMED:
-                    self._take(bytes(self._buffer[:length]))
+            for payload in feed.early(self._limits.max_drain_messages):
+                self._take(payload)
         # Older ones are of no use: a snapshot, asked for by the gap, says what they said.
         del self.early[:-MAX_EARLY_MESSAGES]
 
