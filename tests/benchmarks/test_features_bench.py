@@ -120,7 +120,7 @@ def test_the_command_measures_and_its_figures_fit_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.features.JITTER_S", 0.01)
-    monkeypatch.setattr("benchmarks.replay.SIMULATED_MESSAGES", MESSAGES)
+    monkeypatch.setattr("benchmarks.source_tape.SIMULATED_MESSAGES", MESSAGES)
     monkeypatch.setenv("OCTICK_DATA", str(tmp_path))
     result = CliRunner().invoke(parts_cli.features, ["--runs", "2", "--json"])
     assert result.exit_code == 0, result.output
@@ -144,7 +144,7 @@ def test_the_command_measures_and_its_figures_fit_together(
 
 def test_the_table_says_what_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.features.JITTER_S", 0.01)
-    monkeypatch.setattr("benchmarks.replay.SIMULATED_MESSAGES", 500)
+    monkeypatch.setattr("benchmarks.source_tape.SIMULATED_MESSAGES", 500)
     monkeypatch.setenv("OCTICK_DATA", str(tmp_path))
     result = CliRunner().invoke(parts_cli.features, ["--runs", "1"])
     assert result.exit_code == 0, result.output

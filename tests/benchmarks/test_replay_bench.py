@@ -22,7 +22,7 @@ def test_bench_replay_measures_a_tape(
 ) -> None:
     """A named tape, or the simulated market where no recording is found."""
     monkeypatch.setattr("benchmarks.replay.JITTER_S", 0.01)
-    monkeypatch.setattr("benchmarks.replay.SIMULATED_MESSAGES", MESSAGES)
+    monkeypatch.setattr("benchmarks.source_tape.SIMULATED_MESSAGES", MESSAGES)
     monkeypatch.setenv("OCTICK_DATA", str(tmp_path))
     tape = tmp_path / "market.tape"
     Simulator(seed=1, n_instruments=1).write_tape(tape, MESSAGES)
