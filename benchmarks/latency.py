@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 
 from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.signal_latency import signal_rows
 from benchmarks.source_tape import default_tape
 from benchmarks.stages import Stage, time_stages
 from benchmarks.wire_setup import ECHO, ENGINE, WARM_SHARE, Turn, Wired, wired
 from engine.jitter import Jitter, measure_jitter
-from engine.signals import AT_RECEIVED
 from feeds import tape
 from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
@@ -161,7 +161,7 @@ def bench_latency(
                 jitter.append(measure_jitter(JITTER_S))
                 on.finish()
                 totals.append(on.totals)
-                inside = _inside(on.tape)
+                inside = signal_rows(on.tape)
             for rate, pairs in turns.items():
                 offered = len(_schedule(rate, seconds, arrivals)) / seconds
                 cells.append(_cell(transport, rate, offered, pairs, inside))
@@ -234,18 +234,6 @@ def _warm(on: Wired) -> None:
     schedule = _schedule(RATES[0], WARM_MESSAGES / RATES[0], np.zeros(1, dtype=np.int64))
     for to in (ENGINE, ECHO):
         on.turn(to, schedule)
-
-
-def _inside(recording: Path) -> np.ndarray:
-    """When each signal of a tape was sent, and what that took since its message: int64 (n, 2)."""
-    rows = [
-        (record.recv_ns, int.from_bytes(record.payload[AT_RECEIVED : AT_RECEIVED + 8], "little"))
-        for record in TapeReader(recording).records()
-        if record.kind == tape.SIGNAL
-    ]
-    found = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    found[:, 1] = found[:, 0] - found[:, 1]
-    return found
 
 
 def _quantiles(turns: Sequence[np.ndarray]) -> Quantiles:

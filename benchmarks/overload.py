@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.latency import arrivals_of
 from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.recorded_peak import SECOND_NS, TEN_MS_NS, busiest
 from benchmarks.source_tape import default_tape
 from benchmarks.wire_setup import ENGINE, Wired, wired
 from engine.jitter import measure_jitter
@@ -28,7 +29,6 @@ from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
 from replay.session import choose_config
 
-PEAK_WINDOW_NS: Final = 10_000_000  # the recorded peak is that of its busiest 10 ms
 TICK_NS: Final = 1_000_000  # messages of a millisecond leave together
 MAX_LAG_MS: Final = 1_000.0
 MAX_RECOVERY_MS: Final = 100.0
@@ -185,8 +185,7 @@ def bench_overload(
 
 
 def _peak_per_s(arrivals: np.ndarray) -> float:
-    ends = np.searchsorted(arrivals, arrivals + PEAK_WINDOW_NS)
-    return float((ends - np.arange(len(arrivals))).max()) * 1e9 / PEAK_WINDOW_NS
+    return busiest(arrivals, TEN_MS_NS) * SECOND_NS / TEN_MS_NS
 
 
 def _ticks(rate: int, seconds: float) -> np.ndarray:

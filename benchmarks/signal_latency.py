@@ -62,6 +62,15 @@ def collect(buf, at, stop, rows):  # type: ignore[no-untyped-def]
     return count
 
 
+def signal_rows(tape: Path) -> np.ndarray:
+    """What `collect` finds on a whole tape: int64 of shape (signals, COLUMNS)."""
+    parts = [np.zeros((0, COLUMNS), dtype=np.int64)]
+    for buf, start, stop, _ in TapeReader(tape).chunks():
+        rows = np.zeros(((stop - start) // RECORD_HEADER_BYTES, COLUMNS), dtype=np.int64)
+        parts.append(rows[: collect(buf, start, stop, rows)].copy())
+    return np.concatenate(parts)
+
+
 def latency_windows(
     tape: Path, edges_ns: Sequence[int], progress: Callable[[float], Any] = lambda share: None
 ) -> list[Latencies]:

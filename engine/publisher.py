@@ -161,16 +161,15 @@ class SignalPublisher:
             row, count = self._lent[topic]
             row[:] = np.frombuffer(payload, dtype=np.uint8)
             count[0] += 1
-            self._sent -= 1  # it is counted there
         else:
             last[topic] = payload
+            self._sent += 1
         socket = self._socket
         try:
             _send(socket, topic, _FIRST)
             _send(socket, payload, _LAST)
         except zmq.Again:
             self._send_lossy(topic, payload)
-        self._sent += 1
 
     def _send_lossy(self, topic: bytes, payload: bytes) -> None:
         # Only a first frame can meet a full queue: libzmq counts whole messages.

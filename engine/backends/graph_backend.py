@@ -7,6 +7,7 @@ gives the bits of the bundle's own graph.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Final, Protocol, Self
 
 import numpy as np
@@ -97,7 +98,7 @@ def dequantise_row(acc: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
         out[j] = np.float32(acc[j]) * scale[j]
 
 
-class GraphBackend:
+class GraphBackend(ABC):
     """A bundle on a `GraphDevice`; see `engine.backends.interface.Backend`.
 
     Parameters
@@ -126,6 +127,7 @@ class GraphBackend:
         self._answers = AnswerQueue(graph.n_outputs)
 
     @classmethod
+    @abstractmethod
     def open_device(cls, graph: IntegerGraph, device: str) -> GraphDevice:
         """A device that runs this graph, or this part of one.
 
@@ -134,7 +136,6 @@ class GraphBackend:
         InputError
             If the device is unknown or absent, or cannot run the graph.
         """
-        raise NotImplementedError
 
     @classmethod
     def open_model(cls, graph: IntegerGraph, device: str) -> GraphDevice:
