@@ -19,7 +19,7 @@ from numba import carray, njit
 
 from engine import features, latency, signals
 from engine.advance import find_slot
-from engine.backends.compiled.native_call import ARENA, OUT, STEP, X, copy_bytes, run_step
+from engine.backends.native_call import ARENA, OUT, STEP, X, copy_bytes, run_step
 from engine.backends.registry import open_backend
 from engine.book import apply_levels, apply_snapshot
 from engine.bundle import load_bundle

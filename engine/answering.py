@@ -1,9 +1,9 @@
 # Hot path: free @njit functions.
-"""From tape records to signals without Python in between, where the model is a compiled one.
+"""From tape records to signals without Python in between, where a kernel can run the model.
 
 `serve` is `engine.advance.advance` and all of `Pipeline.answer` in one loop: it goes on from signal
 to signal until one needs what only Python can do (a trust event, a rule over a violation, a model
-that is no compiled one), or there is no more room for signals. The same functions are called in
+on another device), or there is no more room for signals. The same functions are called in
 the same order, so that the bytes are those of `Pipeline.answer`.
 """
 
@@ -16,12 +16,13 @@ from numba import carray, njit
 
 from engine import signals, trust
 from engine.advance import FIRED_SLOT, RELEASE_SLOT, STREAM_RESET, advance
-from engine.backends.compiled.native_call import (
+from engine.backends.native_call import (
     ARENA,
     FRESH,
     OUT,
     STATE_BYTES,
     STEP,
+    STEP_FAILED,
     X,
     copy_bytes,
     run_step,
@@ -46,7 +47,7 @@ TRADABLE: Final = 10  # of them
 JUDGE: Final = 11  # reasons of the last one, where the rules are to see it; else 0
 NEW_STREAM: Final = 12  # 1 = the model's stream began anew with the last inference
 LATE_NS: Final = 13  # what the last inference took, where that is over its budget
-NATIVE: Final = 14  # 1 = the model is a compiled one; else a signal that is due is left to Python
+NATIVE: Final = 14  # 1 = a kernel can run the model; else a signal that is due is left to Python
 SUPPRESSED: Final = 15  # and behind it: how many had each of 16 reasons
 ROUND_FIELDS: Final = SUPPRESSED + 16
 
@@ -81,7 +82,7 @@ def _serve(  # type: ignore[no-untyped-def]
     about, vectors, outs : ndarray
         See `engine.recent`.
     native, states : ndarray of int64
-        The model; see `engine.backends.compiled.native_call`.
+        The model; see `engine.backends.native_call`.
     round : ndarray of int64, shape (ROUND_FIELDS,)
     out : ndarray of uint8
         Signals, one behind the other.
@@ -90,7 +91,7 @@ def _serve(  # type: ignore[no-untyped-def]
     -------
     int
         Where to go on. ``shared[FIRED_SLOT]`` says whether a trust event is to be taken first (or,
-        where the model is no compiled one, whose signal is due), ``round`` how many signals were
+        where only Python can run the model, whose signal is due), ``round`` how many signals were
         written and whether the rules are to see the last.
     """
     size = messages.shape[1]
@@ -120,6 +121,11 @@ def _serve(  # type: ignore[no-untyped-def]
                 copy_bytes(states[slot], native[FRESH], native[STATE_BYTES])
             began = monotonic_ns() if live else 0
             mask = run_step(native[STEP], native[X], native[OUT], native[ARENA], states[slot])
+            if mask == STEP_FAILED:  # Python tries it again, and says why
+                round[TICKET] -= 1
+                tracks[slot, STREAM_RESET] = fresh
+                round[NATIVE] = 0
+                return at
             if live and 0 < round[BUDGET_NS] < monotonic_ns() - began:
                 round[LATE_NS] = monotonic_ns() - began
                 blocked |= trust.REASON_LATE

@@ -5,7 +5,7 @@
 (`engine.answering`), sends the signal that it makes due, records that, and hands the inference to
 the shadow; then the next message, until none waits. It returns for what is rare or needs Python: a
 signal that cannot be sent, that is not about a whole book or that the rules are to see; a model
-that is no compiled one; a full window of the tape; messages that are to be conflated.
+on another device; a full window of the tape; messages that are to be conflated.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import numpy as np
 
 from engine import advance as kernel
 from engine import answering, controls, features, signals, trust
-from engine.backends.compiled.native_call import NATIVE_FIELDS, NativeModel
 from engine.backends.interface import Backend
+from engine.backends.native_call import NATIVE_FIELDS, NativeModel
 from engine.book import FLOW_FIELDS, new_books, side_levels
 from engine.bundle import Bundle
 from engine.config import Config, config_hash
@@ -278,7 +278,7 @@ class Pipeline:
     ) -> int:
         """Consume whole tape records of ``buf[at:stop]`` and answer what they make due.
 
-        The same as `advance` and `answer` in turn; where the model is a compiled one, in one call.
+        The same as `advance` and `answer` in turn; where a kernel can run the model, in one call.
 
         Parameters
         ----------
@@ -299,7 +299,9 @@ class Pipeline:
         at = answering.serve(self.handles, buf, at, stop, self.clip, room)
         self.finish(buf)
         if self.fired:
-            self.served = self.answer(clock)
+            before = bytes(self.served)
+            answer = self.answer(clock)
+            self.served = memoryview(before + answer) if before else answer
         return at
 
     def prepare(self, live: bool, offset_ns: int = 0) -> None:

@@ -6,8 +6,8 @@ from typing import Final
 
 import numpy as np
 
-from engine.backends.compiled.native_call import NativeModel
 from engine.backends.interface import Backend
+from engine.backends.native_call import NativeModel
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle
 from engine.model_input import normalised

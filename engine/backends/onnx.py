@@ -30,9 +30,18 @@ from engine.backends.answers import AnswerQueue
 from engine.backends.exact_proof import plain_session
 from engine.backends.hard_inputs import hard_inputs, input_steps, usual_steps
 from engine.backends.interface import BackendInfo
-from engine.backends.onnx_providers import PROVIDERS, Opened, device_of, open_session
+from engine.backends.native_call import NativeModel
+from engine.backends.onnx_native import NativeRunner
+from engine.backends.onnx_providers import (
+    PROVIDERS,
+    Opened,
+    device_of,
+    open_native,
+    open_session,
+)
 from engine.backends.onnx_streams import GpuRunner, StatefulRunner, bind_checked, check_arrays
 from engine.backends.onnx_value_check import ValueCheck, with_taps
+from engine.backends.ort_api import OrtSession
 from engine.bundle import Bundle
 from engine.trust import CHECK_INPUT
 from feeds.errors import InputError
@@ -80,8 +89,9 @@ class OnnxBackend:
 
     Parameters
     ----------
-    opened : Opened
-        Of the model, or of the model with taps where a value check stands beside it.
+    opened : Opened or OrtSession
+        Of the model, or of the model with taps where a value check stands beside it. The latter a
+        kernel can run as well.
     bundle : Bundle
     info : BackendInfo
     beside : (bytes, dict of str to str), optional
@@ -90,13 +100,12 @@ class OnnxBackend:
 
     def __init__(
         self,
-        opened: Opened,
+        opened: Opened | OrtSession,
         bundle: Bundle,
         info: BackendInfo,
         beside: tuple[bytes, dict[str, str]] | None = None,
     ) -> None:
-        session = opened.session
-        self._session: ort.InferenceSession | None = session
+        self._session = None if isinstance(opened, OrtSession) else opened.session
         self._bundle = bundle
         self._info = info
         self._mask = np.zeros(1, dtype=np.int32)
@@ -105,20 +114,25 @@ class OnnxBackend:
         self._check: ValueCheck | None = None
         self._check_outputs: dict[str, np.ndarray] = {}
         if beside is not None and bundle.checks is not None:
+            assert self._session is not None
             ends = (bundle.input_name, bundle.checks.output)
-            self._check = ValueCheck(*beside, session, ends, self._mask)
+            self._check = ValueCheck(*beside, self._session, ends, self._mask)
             self._check_outputs = self._check.taps
         else:
             name = _check_output(bundle, info.device)
             self._check_outputs = {} if name is None else {name: self._mask}
         self._misses_nan = False
         self._looks = self._check is not None
-        self._runner: StatefulRunner | GpuRunner | None = None
+        self._native: NativeRunner | None = None
+        self._runner: NativeRunner | StatefulRunner | GpuRunner | None = None
         device = device_of(info.device)
-        if device.on_gpu:
-            self._runner = GpuRunner(session, bundle, info, self._check_outputs, device.index)
+        if isinstance(opened, OrtSession):
+            self._native = NativeRunner(opened, bundle, info, self._check_outputs)
+            self._runner = self._native
+        elif device.on_gpu:
+            self._runner = GpuRunner(self._session, bundle, info, self._check_outputs, device.index)
         elif bundle.state(info.precision):
-            self._runner = StatefulRunner(session, bundle, info, self._check_outputs)
+            self._runner = StatefulRunner(self._session, bundle, info, self._check_outputs)
         self._binding: ort.IOBinding | None = None
         self._x: np.ndarray | None = None
         self._out: np.ndarray | None = None
@@ -147,8 +161,14 @@ class OnnxBackend:
         if chosen.kind != "cpu" and bundle.checks is not None:
             served, taps = with_taps(_plain(data), data)
             beside = (data, taps)
-        opened = open_session(served, chosen, threads, precision, str(bundle.path))
-        opened.session.disable_fallback()
+        where = str(bundle.path)
+        opened: Opened | OrtSession | None = None
+        if chosen.kind == "cpu":
+            opened = open_native(served, threads, precision, where)
+        if opened is None:
+            opened = open_session(served, chosen, threads, precision, where)
+            opened.session.disable_fallback()
+        captures = isinstance(opened, Opened) and opened.captures
         library = f"onnxruntime {ort.__version__}"
         backend = cls(
             opened,
@@ -165,7 +185,7 @@ class OnnxBackend:
                 model_hash=bundle.model_hash,
                 isa=host_isa(),
                 threads=threads,
-                library=f"{library}, CUDA graph" if opened.captures else library,
+                library=f"{library}, CUDA graph" if captures else library,
             ),
             beside,
         )
@@ -314,7 +334,7 @@ class OnnxBackend:
 
     def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> int:
         """Run the model from ``x`` into ``out``; see `Backend.infer`."""
-        # A model with state leaves `_x` and `_out` empty, so that one without pays nothing for it.
+        # A runner leaves `_x` and `_out` empty, so that a model without one pays nothing for it.
         if x is not self._x or out is not self._out:
             if self._runner is not None:
                 self._runner.infer(stream, x, out)
@@ -331,6 +351,13 @@ class OnnxBackend:
             self._check.look(x)
         blind = self._misses_nan and not np.isfinite(x).all()
         return self._violations[0] | (CHECK_INPUT if blind else 0)
+
+    def native_model(self, n_streams: int) -> NativeModel | None:
+        """The model as `engine.answering.serve` calls it; None where only `infer` will do.
+
+        Good until this backend is closed.
+        """
+        return None if self._native is None or self._looks else self._native.model(n_streams)
 
     def submit(self, stream: int, ticket: int, x: np.ndarray) -> bool:
         """Answer at once and keep the answer for `poll`; False where too many wait."""
@@ -352,5 +379,8 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Drop the session and let go of the bound arrays."""
-        self._forget()
+        if self._native is not None:
+            self._native.close()
+        else:
+            self._forget()
         self._session = self._binding = self._runner = self._x = self._out = None

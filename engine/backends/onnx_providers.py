@@ -19,6 +19,7 @@ from typing import Final, NoReturn
 
 import onnxruntime as ort
 
+from engine.backends.ort_api import OrtError, OrtSession, find_api
 from feeds.errors import InputError
 
 PROVIDERS: Final = {
@@ -35,6 +36,12 @@ PACKAGES: Final = {
 CAPTURES: Final = {"cuda": "enable_cuda_graph", "tensorrt": "trt_cuda_graph_enable"}
 MAX_GPUS: Final = 1 << 8
 MAX_NAMED_NODES: Final = 3  # in an error
+# Entries of the config of every session that serves.
+SESSION_CONFIG: Final = {
+    "session.intra_op.allow_spinning": "0",
+    "session.inter_op.allow_spinning": "0",
+    "session.x64quantprecision": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,8 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4  # a failure is raised, and said once
     options.enable_cpu_mem_arena = False  # small models: malloc is faster, by 1 to 5 % of a step
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    for key, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(key, value)
     return options
 
 
@@ -201,6 +207,23 @@ def open_session(data: bytes, device: Device, threads: int, precision: str, wher
         return Opened(session, captures)
     assert failed is not None
     _refuse(data, device, threads, precision, where, failed)
+
+
+def open_native(data: bytes, threads: int, precision: str, where: str) -> OrtSession | None:
+    """Open a model on the CPU so that a kernel can run it; None where this package cannot.
+
+    Raises
+    ------
+    InputError
+        If ONNX Runtime cannot serve it.
+    """
+    api = find_api()
+    if api is None:
+        return None
+    try:
+        return OrtSession(api, data, threads, SESSION_CONFIG)
+    except OrtError as error:
+        _refuse(data, device_of("cpu"), threads, precision, where, error)
 
 
 def _session(

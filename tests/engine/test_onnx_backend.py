@@ -20,11 +20,17 @@ from engine.backends.onnx_providers import PROVIDERS, session_options
 from engine.bundle import Bundle, load_bundle
 from engine.manifest import INT8_NAME
 from feeds.errors import InputError
-from tests.engine import integer_graphs
+from tests.engine import integer_graphs, onnx_sessions
 from tests.engine.bundles import make_bundle, write_manifest
 
 DENSE_LAYERS = 3
 Made = tuple[Bundle, IntegerReference]
+
+
+@pytest.fixture(params=onnx_sessions.KINDS, autouse=True)
+def each_session(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is said here holds for both kinds of session."""
+    onnx_sessions.use(request.param, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +212,7 @@ def test_falling_back_to_another_device_is_an_error(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, _ = made
+    onnx_sessions.use("python", monkeypatch)
     monkeypatch.setattr(
         ort.InferenceSession, "get_providers", lambda _: ["SomeOtherExecutionProvider"]
     )
@@ -227,10 +234,13 @@ def test_a_failure_of_the_runtime_is_a_runtime_error(made: Made) -> None:
     backend = OnnxBackend.open(bundle)
     x, out = np.zeros((1, bundle.n_features), np.float32), np.empty(3, np.float32)
     backend.infer(0, x, out)
-    backend._binding.clear_binding_outputs()  # type: ignore[union-attr]
-    backend._binding.clear_binding_inputs()  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError):
-        backend.infer(0, x, out)
+    failing = onnx_sessions.Failing(backend)
+    failing.fails = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=onnx_sessions.GONE):
+            backend.infer(0, x, out)
+    failing.fails = False
+    backend.infer(0, x, out)
 
 
 def test_registry_finds_the_built_in_backend() -> None:

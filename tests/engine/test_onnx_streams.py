@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from engine import features
@@ -14,11 +13,17 @@ from engine.backends.integer_reference import IntegerReference
 from engine.backends.onnx import OnnxBackend
 from engine.bundle import Bundle, load_bundle
 from feeds.errors import InputError
-from tests.engine import integer_graphs
+from tests.engine import integer_graphs, onnx_sessions
 from tests.engine.bundles import float_twin, make_bundle, write_models
 from tests.engine.integer_graphs import X_EXPONENT, X_ZERO, GraphBuilder
 
 Made = tuple[Bundle, IntegerReference]
+
+
+@pytest.fixture(params=onnx_sessions.KINDS, autouse=True)
+def each_session(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is said here holds for both kinds of session."""
+    onnx_sessions.use(request.param, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -107,35 +112,20 @@ def test_streams_take_other_arrays_at_any_time(stateful: Made) -> None:
         assert outs[i % 2].tobytes() == expected[i].tobytes()
 
 
-class Failing:
-    """A session that fails when told to, after it has written everything it writes."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
-        self.fails = False
-
-    def run_with_iobinding(self, binding: ort.IOBinding) -> None:
-        self.session.run_with_iobinding(binding)
-        if self.fails:
-            raise OSError("the device is gone")
-
-
 def test_a_failed_step_leaves_the_state_as_it_was(stateful: Made) -> None:
     bundle, reference = stateful
     backend = OnnxBackend.open(bundle)
-    assert backend._runner is not None
     x, wild = inputs(bundle, 40), inputs(bundle, 40, seed=9)
     expected = reference.run(x)
     row, out = np.empty((1, bundle.n_features), np.float32), np.empty(3, np.float32)
     row[0] = x[0]
     backend.infer(0, row, out)
-    failing = Failing(backend._session)  # type: ignore[arg-type]
-    backend._runner._session = failing  # type: ignore[assignment]
+    failing = onnx_sessions.Failing(backend)
     for i in range(1, 40):
         failing.fails = True
         for _ in range(i % 3):
             row[0] = wild[i]
-            with pytest.raises(RuntimeError, match="the device is gone"):
+            with pytest.raises(RuntimeError, match=onnx_sessions.GONE):
                 backend.infer(0, row, out)
         failing.fails = False
         row[0] = x[i]

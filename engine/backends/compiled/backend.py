@@ -13,12 +13,12 @@ import numba
 import numpy as np
 
 from engine.backends.compiled.isa import DEVICE, available_isas, choose_isa
-from engine.backends.compiled.native_call import NativeModel
 from engine.backends.compiled.native_step import native_step
-from engine.backends.compiled.planning import Planner, aligned_bytes
+from engine.backends.compiled.planning import Planner
 from engine.backends.graph_backend import MAX_STREAMS, GraphBackend
 from engine.backends.integer_graph import IntegerGraph
 from engine.backends.interface import BackendInfo
+from engine.backends.native_call import NativeModel, aligned_bytes
 from engine.backends.onnx_streams import check_arrays
 from engine.bundle import Bundle
 

@@ -50,18 +50,11 @@ from engine.backends.integer_graph import (
     Table,
     requantise,
 )
+from engine.backends.native_call import ALIGNMENT, aligned, aligned_bytes
 from feeds.errors import InputError
 
-ALIGNMENT: Final = 64
 PADDING: Final = 64  # behind each block: vectors may reach over its end
 MAX_ARENA_BYTES: Final = 1 << 30
-
-
-def aligned_bytes(size: int) -> np.ndarray:
-    """Zeros, uint8, that begin at a multiple of `ALIGNMENT`."""
-    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
 
 
 class Block:
@@ -81,7 +74,7 @@ class Block:
     def reserve(self, n_bytes: int) -> int:
         """Room for so many bytes, zero at first; their offset."""
         offset = self.size
-        self.size += -(-(n_bytes + PADDING) // ALIGNMENT) * ALIGNMENT
+        self.size += aligned(n_bytes + PADDING)
         if self.size > MAX_ARENA_BYTES:
             raise InputError(
                 "the model is too large for the compiled backend",

@@ -1,5 +1,5 @@
-# Hot path: what a kernel calls a compiled step through.
-"""Calling a compiled step from another kernel, by its address.
+# Hot path: what a kernel calls a model's step through.
+"""Calling a model's step from another kernel, by its address: a compiled one or ONNX Runtime's.
 
 The kernels around a model are compiled once and kept; which step they call is known only when a
 bundle is opened.
@@ -23,9 +23,12 @@ FRESH: Final = 4  # of the state of a fresh stream
 STATE_BYTES: Final = 5
 NATIVE_FIELDS: Final = 6
 
+STEP_FAILED: Final = -1  # in place of a mask: nothing was inferred, and the state is as it was
+ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
+
 
 class NativeModel(NamedTuple):
-    """A compiled model, ready to be called by a kernel.
+    """A model, ready to be called by a kernel.
 
     Attributes
     ----------
@@ -33,7 +36,7 @@ class NativeModel(NamedTuple):
         Addresses: of the code, of weights and values, of the state of a fresh stream.
     state_bytes : int
     states : ndarray of int64, shape (streams,)
-        Address of each stream's state.
+        Address of each stream's state; copying ``state_bytes`` of ``fresh`` there begins it anew.
     """
 
     step: int
@@ -43,9 +46,21 @@ class NativeModel(NamedTuple):
     states: np.ndarray
 
 
+def aligned(size: int) -> int:
+    """A size rounded up to whole `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def aligned_bytes(size: int) -> np.ndarray:
+    """Zeros, uint8, that begin at a multiple of `ALIGNMENT`."""
+    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
 @intrinsic
 def run_step(typingctx, step, x, out, arena, state):  # type: ignore[no-untyped-def]
-    """One step of the code at an address; returns the mask of the value check."""
+    """One step of the code at an address: the mask of the value check, or `STEP_FAILED`."""
     signature = types.int64(*[types.int64] * 5)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
