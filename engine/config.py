@@ -166,13 +166,15 @@ class LimitsConfig(_Section, frozen=True):
 class LoopConfig(_Section, frozen=True):
     """How the event loop waits.
 
-    ``busy_poll`` never sleeps: it looks for messages for ``spin_ns`` before it lets anything else
-    have its turn. ``core`` is the core that the hot path keeps to, and that nothing else of the
-    engine uses; -1 leaves it to the system.
+    Where nothing happens the hot path sleeps for ``wait_ns`` at most, by which the loop's timers
+    may be late. ``busy_poll`` never sleeps: it looks for messages for ``spin_ns`` before it lets
+    anything else have its turn. ``core`` is the core that the hot path keeps to, and that nothing
+    else of the engine uses; -1 leaves it to the system.
     """
 
     busy_poll: bool = False
     spin_ns: Duration = 200_000
+    wait_ns: Annotated[int, Meta(ge=100_000, le=1_000_000_000)] = 10_000_000
     core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     uvloop: bool = True
 

@@ -40,6 +40,7 @@ from engine.totals import Totals
 from engine.trust import BOOK_STATES, MODE_FP32, MODES, SYNCED
 from engine.trust_events import CONFLATION, INFERENCE_LATE, Control
 from engine.turns import Reader, Turns
+from engine.waiting import loop_descriptor
 from feeds import codec, tape, wire
 from feeds.errors import InputError
 
@@ -215,18 +216,32 @@ class Daemon:
 
     # The hot path.
 
-    def _drain(self, spin_ns: int = 0) -> bool:
-        """Take what waits at the feeds, within the budget; True where more may be waiting."""
-        link, recorder, shadow = self._link, self._recorder, self.oversight.shadow
+    def _drain(self, may_sleep: bool) -> bool:
+        """Take what comes at the feeds, within a turn's budget or until the loop has its turn.
+
+        Returns
+        -------
+        bool
+            Whether it slept, and nothing waits now.
+        """
+        link, recorder, oversight = self._link, self._recorder, self.oversight
+        shadow, loop = oversight.shadow, self.config.loop
         assert recorder is not None
-        link.begin(time.monotonic_ns(), self.config.limits, spin_ns)
+        may_sleep = may_sleep and not loop.busy_poll
+        link.begin(
+            time.monotonic_ns(),
+            self.config.limits,
+            spin_ns=loop.spin_ns if loop.busy_poll else 0,
+            wait_ns=min(loop.wait_ns, oversight.patience_ns) if may_sleep else 0,
+            look_ns=oversight.look_ns,
+        )
         while True:
             why = link.take(recorder, None if shadow is None else shadow.handles)
             if why == live.NOTHING_WAITS:
-                self.oversight.look()
-                return False
+                oversight.look()
+                return may_sleep
             if why == live.TURN_ENDED:
-                return True
+                return False
             if why == live.SIGNAL_DUE:
                 self._send_due()
             elif why != live.WINDOW_FULL:
@@ -437,17 +452,17 @@ class Daemon:
             if self._stop:
                 stopped.set()
 
+        self._link.wake_for(loop_descriptor(loop))
         turns = Turns(
             loop,
-            self.config.loop,
             self._drain,
             on_slow_poll=slow_poll,
             on_timer=self._tick,
             timer_s=self.config.limits.timer_ns / 1e9,
         )
-        others: list[Reader] = [(self.publisher.fd, self.publisher.serve_joins)]
-        others += [(feed.dealer_fd, self._take_answers) for feed in self._feeds if feed.dealer]
-        turns.start([feed.sub_fd for feed in self._feeds], others)
+        readers: list[Reader] = [(self.publisher.fd, self.publisher.serve_joins)]
+        readers += [(feed.dealer_fd, self._take_answers) for feed in self._feeds if feed.dealer]
+        turns.start(readers)
         await self.oversight.start(loop)
         try:
             await turns.run(stopped, seconds)

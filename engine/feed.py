@@ -62,11 +62,6 @@ class FeedConnection:
             ) from None
 
     @property
-    def sub_fd(self) -> int:
-        """File descriptor of the SUB socket, edge-triggered."""
-        return int(self.sub.getsockopt(zmq.FD))
-
-    @property
     def dealer_fd(self) -> int:
         """File descriptor of the DEALER socket, edge-triggered; only where there is one."""
         assert self.dealer is not None

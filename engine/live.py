@@ -3,7 +3,8 @@
 
 `take_waiting` receives a message straight onto the tape, advances and answers over it
 (`engine.answering`), sends the signal that it makes due, records that, and hands the inference to
-the shadow; then the next message, until none waits. It returns for what is rare or needs Python: a
+the shadow; then the next message, until none waits, and then it sleeps until one comes
+(`engine.waiting`). It returns for the event loop's sake, and for what is rare or needs Python: a
 signal that cannot be sent, that is not about a whole book or that the rules are to see; a model
 on another device; a full window of the tape; messages that are to be conflated.
 """
@@ -34,6 +35,7 @@ from engine.pipeline import Pipeline
 from engine.recorder import Recorder
 from engine.shadow_ring import no_handles, submit_by
 from engine.trust import SYNCED
+from engine.waiting import HAPPENED_SHIFT, NO_DESCRIPTOR, new_descriptors, wait_for
 from feeds import libzmq, tape
 from feeds.inner import inner
 from feeds.libzmq import DONTWAIT, EAGAIN, EINTR, SNDMORE, last_error, more_follows, transfer
@@ -41,6 +43,7 @@ from feeds.monotonic import monotonic_ns
 from feeds.tape import RECORD_HEADER_BYTES, put_record
 
 MAX_TOPIC_BYTES: Final = 256
+NEVER_NS: Final = 1 << 62
 
 # Columns of `live`, int64. The first four are those of `feeds.libzmq.functions`.
 PUBLISHER: Final = 4  # address of the socket that signals leave by
@@ -50,19 +53,23 @@ OFFSET_NS: Final = 7  # from the monotonic clock to time since the epoch
 DEADLINE_NS: Final = 8  # monotonic: a turn ends
 LEFT: Final = 9  # messages until a turn ends
 SPIN_UNTIL_NS: Final = 10  # monotonic: how long to look for a message where none waits
-CONFLATE_AFTER_NS: Final = 11  # of lag
-CONFLATING: Final = 12
-FEED: Final = 13  # to look at next
+WAIT_UNTIL_NS: Final = 11  # monotonic: how long to sleep until one comes
+LOOK_NS: Final = 12  # monotonic: from when on a call ends behind a message where none waits
+DRAIN_NS: Final = 13  # of a turn, and how many messages: what a sleep that ended begins anew
+DRAIN_MESSAGES: Final = 14
+CONFLATE_AFTER_NS: Final = 15  # of lag
+CONFLATING: Final = 16
+FEED: Final = 17  # to look at next
 # What a call leaves.
-POSITION: Final = 14  # of the tape
-RECORDS: Final = 15  # put on it
-RECORD_AT: Final = 16  # of the last message
-RECEIVED_NS: Final = 17  # of the last message
-SENT: Final = 18  # signals
-SENT_TRADABLE: Final = 19
-ERROR: Final = 20  # libzmq's
-TICKET_BEFORE: Final = 21  # inferences before the last message
-SENT_SUPPRESSED: Final = 22  # and behind it: how many had each of 16 reasons
+POSITION: Final = 18  # of the tape
+RECORDS: Final = 19  # put on it
+RECORD_AT: Final = 20  # of the last message
+RECEIVED_NS: Final = 21  # of the last message
+SENT: Final = 22  # signals
+SENT_TRADABLE: Final = 23
+ERROR: Final = 24  # libzmq's
+TICKET_BEFORE: Final = 25  # inferences before the last message
+SENT_SUPPRESSED: Final = 26  # and behind it: how many had each of 16 reasons
 LIVE_FIELDS: Final = SENT_SUPPRESSED + 16
 
 # Columns of `sockets`, int64.
@@ -126,9 +133,11 @@ def _send(live, topics, topic_bytes, last, slot):  # type: ignore[no-untyped-def
     return True
 
 
-@njit("int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64, float64)", cache=True)
+@njit(
+    "int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64, float64)", cache=True, nogil=True
+)
 def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no-untyped-def]
-    """Take messages and send signals until none waits or Python has to do something.
+    """Take messages and send signals until none comes or Python has to do something.
 
     Parameters
     ----------
@@ -159,6 +168,7 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
     latencies = carray(pointer(live_h[30], np.int64), (live_h[31],))
     lag = carray(pointer(live_h[35], np.int64), (live_h[36],))
     scrap = carray(pointer(live_h[40], np.uint8), (live_h[41],))
+    descriptors = carray(pointer(live_h[45], np.int64), (live_h[46],))
     shared = carray(pointer(h[_SHARED], np.int64), (h[_SHARED + 1],))
     facts = carray(pointer(h[_FACTS], np.int64), (h[_FACTS + 1],))
     x = carray(pointer(h[_X], np.float32), (h[_X + 1], h[_X + 2]))
@@ -184,8 +194,16 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
             emptied(lag, now)
             if live[CONFLATING] == 1:
                 return CAUGHT_UP
-            if now >= live[SPIN_UNTIL_NS]:
+            if now < live[SPIN_UNTIL_NS]:
+                continue
+            if now >= live[WAIT_UNTIL_NS] or (live[RECORDS] > 0 and now >= live[LOOK_NS]):
                 return NOTHING_WAITS
+            left = live[WAIT_UNTIL_NS] - now
+            told = wait_for(descriptors.ctypes.data, len(descriptors), left)
+            if told > 0 and descriptors[0] >> HAPPENED_SHIFT != 0:
+                return NOTHING_WAITS
+            live[LEFT] = live[DRAIN_MESSAGES]
+            live[DEADLINE_NS] = monotonic_ns() + live[DRAIN_NS]
             continue
         if length == _BROKEN:
             return FAILED
@@ -215,7 +233,7 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
                 last[slot, i] = out[i]
             if not _send(live, topics, topic_bytes, last, slot):
                 return SIGNAL_DUE
-            left = monotonic_ns()
+            sent_ns = monotonic_ns()
             sent[slot] += 1
             live[SENT] += 1
             live[SENT_TRADABLE] += round[TRADABLE]
@@ -225,10 +243,10 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
             body = position + RECORD_HEADER_BYTES
             for i in range(size):
                 arena[body + i] = out[i]
-            position = put_record(arena, position, tape.SIGNAL, left + offset, size)
+            position = put_record(arena, position, tape.SIGNAL, sent_ns + offset, size)
             live[RECORDS] += 1
             live[POSITION] = position
-            latency.record(latencies, left - now)
+            latency.record(latencies, sent_ns - now)
             if round[TICKET] != live[TICKET_BEFORE]:
                 seq = facts[signals.FACT_SIGNAL_SEQ]
                 submit_by(shadow_h, round[TICKET], slot, seq, round[NEW_STREAM], x)
@@ -301,22 +319,52 @@ class LiveLink:
         self.latencies: Final = latency.new_counts()
         self._lag = new_lag(now_ns)
         self._scrap = np.zeros(MAX_TOPIC_BYTES, dtype=np.uint8)
+        feed_fds = [int(feed.getsockopt(zmq.FD)) for feed in feeds]
+        self._descriptors = new_descriptors(NO_DESCRIPTOR, feed_fds)
         self._handles = new_handles(
             [
                 *(self._live, self._sockets, self._topics, self._topic_bytes),
-                *(self.last, self.sent, self.latencies, self._lag, self._scrap),
+                *(self.last, self.sent, self.latencies, self._lag, self._scrap, self._descriptors),
             ]
         )
         self._room = room
         self._told: Final = self._live.data  # a number of it is read three times as fast
         self._no_shadow: Final = no_handles()
 
-    def begin(self, now_ns: int, limits: LimitsConfig, spin_ns: int = 0) -> None:
-        """Begin a turn at monotonic time ``now_ns``; look for messages for ``spin_ns`` of it."""
+    def begin(
+        self,
+        now_ns: int,
+        limits: LimitsConfig,
+        *,
+        spin_ns: int = 0,
+        wait_ns: int = 0,
+        look_ns: int = NEVER_NS,
+    ) -> None:
+        """Begin a turn.
+
+        Parameters
+        ----------
+        now_ns : int
+            Monotonic time.
+        limits : LimitsConfig
+            A turn's budget, which a sleep that a message ended begins anew.
+        spin_ns, wait_ns : int
+            How long to look for messages where none waits, and until when after ``now_ns`` to
+            sleep for one.
+        look_ns : int
+            Monotonic time from which on the turn ends behind a message where no other waits.
+        """
         told = self._told
-        told[LEFT] = limits.max_drain_messages
+        told[LEFT] = told[DRAIN_MESSAGES] = limits.max_drain_messages
+        told[DRAIN_NS] = limits.max_drain_ns
         told[DEADLINE_NS] = now_ns + limits.max_drain_ns
         told[SPIN_UNTIL_NS] = now_ns + spin_ns
+        told[WAIT_UNTIL_NS] = now_ns + wait_ns
+        told[LOOK_NS] = look_ns
+
+    def wake_for(self, descriptor: int) -> None:
+        """Let what happens at a descriptor end every sleep: the event loop's own."""
+        self._descriptors[:1] = new_descriptors(descriptor, ())
 
     def take(self, recorder: Recorder, shadow: np.ndarray | None) -> int:
         """Take what waits: see `take_waiting`.

@@ -23,6 +23,7 @@ from engine.child import run_child
 from engine.config import Config
 from engine.control import ControlServer, Request
 from engine.handshake import Notice
+from engine.live import NEVER_NS
 from engine.metrics import MetricsServer
 from engine.pipeline import Pipeline
 from engine.shadow import Drifted, Health, Shadow
@@ -80,6 +81,10 @@ class Oversight:
     control : ControlServer or None
     written : int
         Evidence files.
+    look_ns : int
+        Monotonic time from which on it is time to `look`.
+    patience_ns : int
+        How long what is watched here may wait for the loop.
     """
 
     def __init__(
@@ -106,8 +111,11 @@ class Oversight:
         self._timers: list[asyncio.TimerHandle] = []
         self._changing = False  # a swap or recalibration is under way
         self._halted_by_file = False
-        self._recalibrated_ns = self._look_ns = 0
+        self._recalibrated_ns = 0
         self.written = 0
+        self.patience_ns = round(SAFETY_POLL_S * 1e9)
+        if config.controls.halt_file:
+            self.patience_ns = round(HALT_FILE_POLL_S * 1e9)
         self.tape_path = ""
         self.metrics: MetricsServer | None = None
         if config.metrics.address:
@@ -119,7 +127,9 @@ class Oversight:
         if config.evidence.folder:
             pipeline.trust.on_move = self._keep_evidence
         loaded = pipeline.trust.loaded
+        self.look_ns = NEVER_NS
         if config.shadow.every > 0 and loaded is not None:
+            self.look_ns = 0
             self.shadow = Shadow(
                 config.shadow, config.drift, loaded.bundle, pipeline.names, time.monotonic_ns()
             )
@@ -238,19 +248,19 @@ class Oversight:
         Called right behind a message: what this needs is in the caches then, and it takes a third
         of what it takes at any other moment, in which the next message might come.
         """
-        if self.shadow is not None and time.monotonic_ns() >= self._look_ns:
+        if self.shadow is not None and time.monotonic_ns() >= self.look_ns:
             self._poll_shadow()
 
     def _look_late(self) -> None:
         """The same where no message came for a while."""
-        if time.monotonic_ns() >= self._look_ns + self._config.shadow.poll_ns // 2:
+        if time.monotonic_ns() >= self.look_ns + self._config.shadow.poll_ns // 2:
             self._poll_shadow()
 
     def _poll_shadow(self) -> None:
         shadow = self.shadow
         assert shadow is not None
         now_ns = time.monotonic_ns()
-        self._look_ns = now_ns + self._config.shadow.poll_ns
+        self.look_ns = now_ns + self._config.shadow.poll_ns
         found, health = shadow.poll(now_ns)
         for item in found:
             if isinstance(item, Drifted):

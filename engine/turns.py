@@ -1,20 +1,21 @@
-"""When the event loop takes what waits at the feeds, and what has its turn in between.
+"""When the hot path has its turn on the event loop, and what has its turn in between.
 
-The sockets' descriptors are edge-triggered: one says that something has come, and then nothing
-more until all of it was taken. So a turn that ends at its budget goes on in the next round of the
-loop, and a slow poll looks after an edge that was missed.
+The hot path waits for messages by itself (`engine.waiting`) and comes back where the loop has
+something to do. Then the loop has some rounds of its own: what is ready in one may make something
+else ready in the next (a future, then whoever awaits it), and no descriptor tells that.
+
+Beside the hot path stand the descriptors and timers of the loop. ZeroMQ's descriptors are
+edge-triggered, so a slow poll looks after an edge that was missed.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
-from engine.config import LoopConfig
-
 SLOW_POLL_S: Final = 0.05
+ROUNDS: Final = 6  # of the loop, before the hot path sleeps again
 
 Reader = tuple[int, Callable[[], object]]
 
@@ -25,11 +26,10 @@ class Turns:
     Parameters
     ----------
     loop : asyncio.AbstractEventLoop
-    config : LoopConfig
     drain : callable
-        Takes what waits, looking for it for so many nanoseconds; True where more may be waiting.
+        Takes what comes; told whether it may sleep where nothing does, it says whether it has.
     on_slow_poll : callable
-        What else edges may have been missed of.
+        What edges may have been missed of.
     on_timer : callable
         Called every ``timer_s``.
     timer_s : float
@@ -38,42 +38,29 @@ class Turns:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        config: LoopConfig,
-        drain: Callable[[int], bool],
+        drain: Callable[[bool], bool],
         *,
         on_slow_poll: Callable[[], None],
         on_timer: Callable[[], None],
         timer_s: float,
     ) -> None:
         self._loop = loop
-        self._config = config
         self._drain = drain
         self._on_slow_poll = on_slow_poll
         self._on_timer = on_timer
         self._timer_s = timer_s
-        self._going_on = self._stopped = False
         self._readers: list[Reader] = []
         self._timers: list[asyncio.Handle] = []
 
-    def start(self, feeds: Sequence[int], others: Sequence[Reader]) -> None:
-        """Begin.
-
-        Parameters
-        ----------
-        feeds : sequence of int
-            Descriptors of the feeds.
-        others : sequence of (int, callable)
-            Other descriptors, and what to call when something has come there.
-        """
-        own = [] if self._config.busy_poll else [(fd, self._on_feed) for fd in feeds]
-        self._readers = [*own, *others]
+    def start(self, readers: Sequence[Reader]) -> None:
+        """Begin; ``readers`` are descriptors, and what to call when something has come there."""
+        self._readers = list(readers)
         for fd, call in self._readers:
             self._loop.add_reader(fd, call)
         self._timers = [self._loop.call_soon(self._slow_poll), self._loop.call_soon(self._timer)]
 
     def stop(self) -> None:
         """End. Stopping twice is fine."""
-        self._stopped = True  # a turn that goes on is on its way already
         for timer in self._timers:
             timer.cancel()
         for fd, _ in self._readers:
@@ -82,28 +69,14 @@ class Turns:
 
     async def run(self, stopped: asyncio.Event, seconds: float) -> None:
         """Go on until ``stopped`` is set, or ``seconds`` have passed (0: no limit)."""
-        if not self._config.busy_poll:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), seconds if seconds > 0 else None)
-            return
         deadline = self._loop.time() + seconds
+        rounds = ROUNDS
         while not stopped.is_set() and (seconds <= 0 or self._loop.time() < deadline):
-            self._drain(self._config.spin_ns)
+            slept = self._drain(rounds == 0)
+            rounds = ROUNDS if slept else max(rounds - 1, 0)
             await asyncio.sleep(0)
 
-    def _on_feed(self) -> None:
-        # One turn at a time: a busy feed would gain another with each wake-up, and everything
-        # else would wait for all of them.
-        if not self._going_on:
-            self._go_on()
-
-    def _go_on(self) -> None:
-        self._going_on = not self._stopped and self._drain(0)
-        if self._going_on:
-            self._loop.call_soon(self._go_on)
-
     def _slow_poll(self) -> None:
-        self._on_feed()
         self._on_slow_poll()
         self._timers[0] = self._loop.call_later(SLOW_POLL_S, self._slow_poll)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from engine.signals import AT_SIGNAL_SEQ
 from feeds import codec, tape, wire
 from feeds.simulator import Simulator
 from feeds.tape_reader import TapeReader
+from tests.engine import onnx_sessions
 
 REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
 LIMITS = msgspec.structs.replace(LimitsConfig(), max_message_bytes=1 << 16)
@@ -217,7 +220,10 @@ def test_messages_and_signals_stand_on_the_tape_in_the_order_in_which_they_were_
     assert kinds[0] == tape.MARKET
 
 
-def test_a_model_that_is_no_compiled_one_is_answered_by_the_pipeline(lines: Any) -> None:
+def test_a_model_that_no_kernel_can_run_is_answered_by_the_pipeline(
+    lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx_sessions.use("python", monkeypatch)
     line = lines(backend="onnx")
     line.send(line.messages)
     answers = 0
@@ -273,6 +279,51 @@ def test_spinning_finds_what_comes_meanwhile(lines: Any) -> None:
     begun = time.monotonic_ns()
     assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
     assert time.monotonic_ns() - begun >= 20_000_000
+
+
+def test_sleeping_ends_with_what_comes_and_goes_on_behind_it(lines: Any) -> None:
+    line = lines()
+    take_ns, sleep_ns = 300_000_000, 50_000_000
+
+    def send() -> None:
+        for message in line.messages[:3]:
+            time.sleep(sleep_ns / 1e9)
+            line.send([message])
+
+    sender = threading.Thread(target=send)
+    begun = time.monotonic_ns()
+    line.link.begin(begun, LIMITS, wait_ns=take_ns)
+    sender.start()
+    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
+    sender.join()
+    assert time.monotonic_ns() - begun >= take_ns
+    assert line.pipeline.counters["messages"] == 4  # the definition among them
+
+
+def test_sleeping_ends_where_the_loop_has_something_to_do(lines: Any) -> None:
+    line = lines()
+    end, other = os.pipe()
+    line.link.wake_for(end)
+    try:
+        line.link.begin(time.monotonic_ns(), LIMITS, wait_ns=60_000_000_000)
+        os.write(other, b"x")
+        assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
+    finally:
+        os.close(end)
+        os.close(other)
+
+
+def test_a_look_that_is_due_comes_behind_a_message_and_not_before(lines: Any) -> None:
+    line = lines()
+    now = time.monotonic_ns()
+    line.link.begin(now, LIMITS, wait_ns=20_000_000, look_ns=now)
+    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
+    assert time.monotonic_ns() - now >= 20_000_000, "nothing came: it slept"
+    line.send(line.messages[:1])
+    time.sleep(0.02)
+    line.link.begin(time.monotonic_ns(), LIMITS, wait_ns=60_000_000_000, look_ns=now)
+    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
+    assert line.pipeline.counters["messages"] == 2
 
 
 def _sent_now(message: bytes) -> bytes:
