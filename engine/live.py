@@ -33,7 +33,7 @@ from engine.handles import new_handles, pointer
 from engine.lag import LAG, LONGEST, emptied, new_lag, received
 from engine.pipeline import Pipeline
 from engine.recorder import Recorder
-from engine.shadow_ring import no_handles, submit_by
+from engine.shadow_ring import answers_wait, no_handles, submit_by
 from engine.trust import SYNCED
 from engine.waiting import HAPPENED_SHIFT, NO_DESCRIPTOR, new_descriptors, wait_for
 from feeds import libzmq, tape
@@ -54,7 +54,7 @@ DEADLINE_NS: Final = 8  # monotonic: a turn ends
 LEFT: Final = 9  # messages until a turn ends
 SPIN_UNTIL_NS: Final = 10  # monotonic: how long to look for a message where none waits
 WAIT_UNTIL_NS: Final = 11  # monotonic: how long to sleep until one comes
-LOOK_NS: Final = 12  # monotonic: from when on a call ends behind a message where none waits
+LOOK_NS: Final = 12  # monotonic: from when on a shadow's answer ends a call where none waits
 DRAIN_NS: Final = 13  # of a turn, and how many messages: what a sleep that ended begins anew
 DRAIN_MESSAGES: Final = 14
 CONFLATE_AFTER_NS: Final = 15  # of lag
@@ -196,7 +196,9 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
                 return CAUGHT_UP
             if now < live[SPIN_UNTIL_NS]:
                 continue
-            if now >= live[WAIT_UNTIL_NS] or (live[RECORDS] > 0 and now >= live[LOOK_NS]):
+            if now >= live[WAIT_UNTIL_NS] or (
+                live[RECORDS] > 0 and now >= live[LOOK_NS] and answers_wait(shadow_h)
+            ):
                 return NOTHING_WAITS
             left = live[WAIT_UNTIL_NS] - now
             told = wait_for(descriptors.ctypes.data, len(descriptors), left)
@@ -352,7 +354,8 @@ class LiveLink:
             How long to look for messages where none waits, and until when after ``now_ns`` to
             sleep for one.
         look_ns : int
-            Monotonic time from which on the turn ends behind a message where no other waits.
+            Monotonic time from which on the turn ends behind a message where no other waits, and
+            the shadow has answered.
         """
         told = self._told
         told[LEFT] = told[DRAIN_MESSAGES] = limits.max_drain_messages

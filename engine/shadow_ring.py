@@ -291,5 +291,14 @@ def submit_by(h, ticket, slot, seq, fresh, x):  # type: ignore[no-untyped-def]
     )
 
 
+@inner("boolean(int64[::1])")
+def answers_wait(h):  # type: ignore[no-untyped-def]
+    """Whether an answer waits in the ring behind handles; none does where they are blank."""
+    if h[0] == 0:
+        return False
+    header = carray(pointer(h[10], np.int64), (h[11],))
+    return header[ANSWER_HEAD] != header[ANSWER_TAIL]
+
+
 def _size(rows: int, n_features: int, payload: int) -> int:
     return 8 * HEADER + TEXT_BYTES + rows * (2 * _ROW_BYTES + 4 * n_features + payload)

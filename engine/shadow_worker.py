@@ -2,8 +2,11 @@
 
 ``python -m engine.shadow_worker PARENT FD ROWS FEATURES OUTPUTS BUNDLE DRIFT`` where PARENT is the
 engine's process, FD the ring that it made (`engine.shadow_ring`) and DRIFT the config's section as
-JSON. It looks for work
-every `IDLE_S`, says so in the ring, and ends when it is told to or when its parent is gone.
+JSON. It says in the ring that it is there, and ends when it is told to or when its parent is gone.
+
+It lets work gather: where cores are short, each time it wakes it takes one from the engine, and a
+dozen inferences in a row take hardly longer than one by itself, whose code and weights have to be
+fetched first.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from engine.feature_specs import NAMES
 from engine.saturation import SaturationProbe
 from engine.trust_events import SETTLING
 
-IDLE_S: Final = 0.001
+LOOK_S: Final = 0.005  # between two looks at the ring
+GATHER_NS: Final = 50_000_000  # that an inference waits for others at most
+GATHERED_SHARE: Final = 4  # of the ring's rows, the part that waits for no more
 SETTLE_ROWS: Final = 256  # of a model with state, before its answers count
 STATS_EVERY: Final = 256  # requests
 PROBE_EVERY: Final = 16  # requests
@@ -83,6 +88,28 @@ class Models:
         return settling, self.monitor.observe(x[0], divergence, saturated)
 
 
+class Gathering:
+    """When enough has gathered in a ring to be answered in a row."""
+
+    def __init__(self, area: ring.ShadowRing) -> None:
+        self._area = area
+        self._many = max(1, len(area.requests) // GATHERED_SHARE)
+        self._since_ns = 0  # when the oldest that waits was first seen; 0 for none
+        self._left = 0  # of a row that is being answered
+
+    def enough(self, now_ns: int) -> bool:
+        """Whether the oldest request is to be answered now."""
+        if self._left == 0:
+            waiting = self._area.waiting
+            if waiting and not self._since_ns:
+                self._since_ns = now_ns
+            if waiting < self._many and (not waiting or now_ns - self._since_ns < GATHER_NS):
+                return False
+            self._left, self._since_ns = waiting, 0
+        self._left -= 1
+        return True
+
+
 def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) -> None:
     """Answer until told to stop, or orphaned."""
     header = area.header
@@ -93,10 +120,14 @@ def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) 
     x = np.zeros((1, area.inputs.shape[1]), dtype=np.float32)
     payload = models.scores.reshape(-1).view(np.uint8)
     done = 0
+    gathering = Gathering(area)
     while not header[ring.STOP] and os.getppid() == parent:
-        header[ring.ALIVE_NS] = time.monotonic_ns()
-        if not ring.pop_request(header, area.requests, area.inputs, row, x):
-            time.sleep(IDLE_S)
+        now_ns = time.monotonic_ns()
+        header[ring.ALIVE_NS] = now_ns
+        if not gathering.enough(now_ns) or not ring.pop_request(
+            header, area.requests, area.inputs, row, x
+        ):
+            time.sleep(LOOK_S)
             continue
         flags = int(row[ring.FLAGS])
         if flags & ring.RELOAD:
@@ -133,7 +164,7 @@ def _push(area: ring.ShadowRing, parent: int, row: np.ndarray, payload: np.ndarr
         if area.header[ring.STOP] or os.getppid() != parent:
             return
         area.header[ring.ALIVE_NS] = time.monotonic_ns()
-        time.sleep(IDLE_S)
+        time.sleep(LOOK_S)
 
 
 def main(arguments: list[str]) -> int:

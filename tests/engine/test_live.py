@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import zmq
 
-from engine import latency, live
+from engine import latency, live, shadow_ring
 from engine.backends.registry import open_backend
 from engine.bundle import load_bundle
 from engine.config import LimitsConfig, OverloadConfig, default_config
@@ -313,17 +314,33 @@ def test_sleeping_ends_where_the_loop_has_something_to_do(lines: Any) -> None:
         os.close(other)
 
 
-def test_a_look_that_is_due_comes_behind_a_message_and_not_before(lines: Any) -> None:
+def test_a_shadow_s_answer_is_looked_at_behind_a_message(lines: Any) -> None:
     line = lines()
-    now = time.monotonic_ns()
-    line.link.begin(now, LIMITS, wait_ns=20_000_000, look_ns=now)
-    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
-    assert time.monotonic_ns() - now >= 20_000_000, "nothing came: it slept"
+    area, fd = shadow_ring.ShadowRing.make(8, line.pipeline.x.shape[1], 3)
+    handles, gate = shadow_ring.no_handles(), np.zeros(shadow_ring.GATE, dtype=np.int64)
+    shadow_ring.set_handles(handles, gate, np.zeros(1, dtype=np.int64), area)
+    rows = np.zeros(shadow_ring.META, dtype=np.int64), np.zeros(8, dtype=np.uint8)
+    briefly_ns = 20_000_000
+
+    def take(wait_ns: int) -> int:
+        """How long it took to come back."""
+        begun = time.monotonic_ns()
+        line.link.begin(begun, LIMITS, wait_ns=wait_ns, look_ns=begun)
+        assert line.link.take(line.recorder, handles) == live.NOTHING_WAITS
+        return time.monotonic_ns() - begun
+
     line.send(line.messages[:1])
     time.sleep(0.02)
-    line.link.begin(time.monotonic_ns(), LIMITS, wait_ns=60_000_000_000, look_ns=now)
-    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
-    assert line.pipeline.counters["messages"] == 2
+    assert take(briefly_ns) >= briefly_ns, "a message, and no answer"
+    assert shadow_ring.push_answer(area.header, area.answers, area.payloads, *rows)
+    assert take(briefly_ns) >= briefly_ns, "an answer, and no message"
+    line.send(line.messages[1:2])
+    time.sleep(0.02)
+    begun = time.monotonic_ns()
+    take(60_000_000_000)
+    assert time.monotonic_ns() - begun < 30_000_000_000
+    assert line.pipeline.counters["messages"] == 3
+    os.close(fd)
 
 
 def _sent_now(message: bytes) -> bytes:
