@@ -9,23 +9,20 @@ those of one turn.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.provenance import REFERENCE, provenance
+from benchmarks.schedules import arrivals_of, as_recorded, evenly
 from benchmarks.signal_latency import signal_rows
-from benchmarks.source_tape import default_tape
+from benchmarks.source_tape import source_tape
 from benchmarks.stages import Stage, time_stages
 from benchmarks.wire_setup import ECHO, ENGINE, WARM_SHARE, Turn, Wired, wired
 from engine.jitter import Jitter, measure_jitter
-from feeds import tape
-from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
 from replay.session import choose_config
 
@@ -134,9 +131,8 @@ def bench_latency(
     """
     cells, totals = [], []
     sections = f"[loop]\nbusy_poll = {str(busy_poll).lower()}\n"
-    with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
-        progress("preparing the tape")
-        source, name = (path, "given") if path is not None else default_tape(Path(folder))
+    progress("preparing the tape")
+    with source_tape(path) as (source, name):
         arrivals = arrivals_of(source)
         progress("measuring the host")
         jitter = [measure_jitter(JITTER_S)]
@@ -185,10 +181,7 @@ def bench_latency(
         busy_poll=busy_poll,
         shadow_every=shadow_every,
         totals=totals,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )
 
 
@@ -196,30 +189,8 @@ def _load(rate: int) -> str:
     return "as recorded" if rate == RECORDED else f"{rate:,}/s"
 
 
-def arrivals_of(source: Path) -> np.ndarray:
-    """Receive times of a tape's market messages, ns from the first."""
-    reader = TapeReader(source)
-    if len(reader.meta.instruments) != 1:
-        raise InputError(
-            "a tape of several instruments",
-            where=str(source),
-            expected="one of one instrument, so that every message answers for itself",
-            found=str(len(reader.meta.instruments)),
-        )
-    times = [record.recv_ns for record in reader.records() if record.kind == tape.MARKET]
-    found = np.array(times, dtype=np.int64)
-    return found - found[0]
-
-
 def _schedule(rate: int, seconds: float, arrivals: np.ndarray) -> np.ndarray:
-    """When messages leave, ns from now: evenly, or as in the recording's busiest stretch."""
-    if rate != RECORDED:
-        return (np.arange(round(rate * seconds)) * (1e9 / rate)).astype(np.int64)
-    span = round(seconds * 1e9)
-    ends = np.searchsorted(arrivals, arrivals + span)
-    first = int(np.argmax(ends - np.arange(len(arrivals))))
-    busiest: np.ndarray = arrivals[first : ends[first]] - arrivals[first]
-    return busiest
+    return as_recorded(arrivals, seconds) if rate == RECORDED else evenly(rate, seconds)
 
 
 def _turns(on: Wired, schedule: np.ndarray, *, engine_first: bool) -> tuple[Turn, Turn]:
@@ -231,7 +202,7 @@ def _turns(on: Wired, schedule: np.ndarray, *, engine_first: bool) -> tuple[Turn
 
 def _warm(on: Wired) -> None:
     """Let books open and features fill before anything is counted."""
-    schedule = _schedule(RATES[0], WARM_MESSAGES / RATES[0], np.zeros(1, dtype=np.int64))
+    schedule = evenly(RATES[0], WARM_MESSAGES / RATES[0])
     for to in (ENGINE, ECHO):
         on.turn(to, schedule)
 

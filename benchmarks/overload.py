@@ -7,20 +7,18 @@ book at the end is the sender's. The sender keeps its book with code of its own.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from benchmarks.latency import arrivals_of
-from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.recorded_peak import SECOND_NS, TEN_MS_NS, busiest
-from benchmarks.source_tape import default_tape
+from benchmarks.schedules import arrivals_of, in_ticks
+from benchmarks.source_tape import source_tape
 from benchmarks.wire_setup import ENGINE, Wired, wired
 from engine.jitter import measure_jitter
 from engine.pipeline import Pipeline
@@ -29,7 +27,6 @@ from feeds.errors import InputError
 from feeds.tape_reader import TapeReader
 from replay.session import choose_config
 
-TICK_NS: Final = 1_000_000  # messages of a millisecond leave together
 MAX_LAG_MS: Final = 1_000.0
 MAX_RECOVERY_MS: Final = 100.0
 SETTLE_S: Final = 1.0
@@ -125,12 +122,11 @@ def bench_overload(
     InputError
         If the tape or the bundle cannot be used, or a process does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
-        progress("preparing the tape")
-        source, name = (path, "given") if path is not None else default_tape(Path(folder))
+    progress("preparing the tape")
+    with source_tape(path) as (source, name):
         peak = _peak_per_s(arrivals_of(source))
         offered = rate if rate is not None else round(2 * peak)
-        schedule = _ticks(offered, seconds)
+        schedule = in_ticks(offered, seconds)
         jitter = measure_jitter(JITTER_S)
         progress("starting the engine")
         with wired("ipc", source, model, backend, trigger=trigger) as on:
@@ -177,21 +173,12 @@ def bench_overload(
         source=name,
         backend=backend,
         trigger=trigger,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )
 
 
 def _peak_per_s(arrivals: np.ndarray) -> float:
     return busiest(arrivals, TEN_MS_NS) * SECOND_NS / TEN_MS_NS
-
-
-def _ticks(rate: int, seconds: float) -> np.ndarray:
-    """When messages leave, ns from now: those of each `TICK_NS` together."""
-    at = (np.arange(round(rate * seconds)) * (1e9 / rate)).astype(np.int64)
-    return at // TICK_NS * TICK_NS
 
 
 def _waits(recording: Path) -> tuple[np.ndarray, np.ndarray, int]:

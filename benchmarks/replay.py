@@ -23,7 +23,6 @@ from __future__ import annotations
 import gc
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -43,7 +42,7 @@ from benchmarks.provenance import (
     versions,
 )
 from benchmarks.replay_report import ReplayBench, RivalRuns, Runs
-from benchmarks.source_tape import default_tape
+from benchmarks.source_tape import source_tape
 from engine.backends.registry import open_backend
 from engine.book import ASK, BID
 from engine.bundle import load_bundle
@@ -105,9 +104,8 @@ def bench_replay(
     InputError
         If the tape or the bundle cannot be used.
     """
-    with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
-        progress("preparing the tape")
-        tape, source = (path, "given") if path is not None else default_tape(Path(folder))
+    progress("preparing the tape")
+    with source_tape(path) as (tape, source):
         config, records = _records(tape)
     others: dict[str, Rival] = {}
     left_out = {"rivals": "not asked for"}

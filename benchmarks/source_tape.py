@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +12,16 @@ from benchmarks.provenance import RECORDING, VENUE, recorded
 
 SIMULATED_MESSAGES: Final = 200_000
 SIMULATED_SEED: Final = 1
+
+
+@contextmanager
+def source_tape(given: Path | None) -> Iterator[tuple[Path, str]]:
+    """A given tape, or the default one for as long as it is needed; and what it holds."""
+    if given is not None:
+        yield given, "given"
+        return
+    with tempfile.TemporaryDirectory(prefix="octick-bench-") as folder:
+        yield default_tape(Path(folder))
 
 
 def default_tape(folder: Path) -> tuple[Path, str]:

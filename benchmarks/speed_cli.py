@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 _TRANSPORTS = ("ipc", "tcp")
+_SHARED = (
+    click.argument("tape", required=False, type=click.Path(path_type=Path)),
+    click.option(
+        "--model", type=click.Path(path_type=Path), help="Bundle; default: the reference."
+    ),
+    click.option("--backend", default="compiled", show_default=True, help="What runs the model."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+)
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Parameters of both: the market, what answers, and how the result is told."""
+    for parameter in reversed(_SHARED):
+        command = parameter(command)
+    return command
+
+
+def _tell(
+    measure: Callable[..., Any], show: Callable[[Any], None], as_json: bool, **options: Any
+) -> Any:
+    """Measure under a status line, then print the result."""
+    import msgspec
+    from rich.console import Console
+
+    with Console(stderr=True).status("measuring") as status:
+        result = measure(**options, progress=status.update)
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        show(result)
+    return result
 
 
 @click.command()
-@click.argument("tape", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--transport",
     "transports",
@@ -28,8 +60,6 @@ _TRANSPORTS = ("ipc", "tcp")
 )
 @click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.2, 600), default=3.0, show_default=True)
-@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
-@click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
 @click.option("--busy-poll", is_flag=True, help="The engine never sleeps.")
 @click.option(
     "--shadow-every",
@@ -38,7 +68,7 @@ _TRANSPORTS = ("ipc", "tcp")
     show_default=True,
     help="Of how many inferences the shadow answers one; 0: none.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_shared
 def latency(
     tape: Path | None,
     transports: tuple[str, ...],
@@ -55,33 +85,26 @@ def latency(
 
     Without TAPE with the messages of the recording in OCTICK_DATA, or of a simulated market.
     """
-    import msgspec
-    from rich.console import Console
-
     from benchmarks.latency import RATES, RECORDED, TRANSPORTS, bench_latency, show
     from benchmarks.provenance import REFERENCE
 
-    with Console(stderr=True).status("measuring") as status:
-        result = bench_latency(
-            tape,
-            transports=transports or TRANSPORTS,
-            rates=rates or (*RATES, RECORDED),
-            runs=runs,
-            seconds=seconds,
-            model=model or REFERENCE,
-            backend=backend,
-            busy_poll=busy_poll,
-            shadow_every=shadow_every,
-            progress=status.update,
-        )
-    if as_json:
-        click.echo(msgspec.json.encode(result).decode())
-    else:
-        show(result)
+    _tell(
+        bench_latency,
+        show,
+        as_json,
+        path=tape,
+        transports=transports or TRANSPORTS,
+        rates=rates or (*RATES, RECORDED),
+        runs=runs,
+        seconds=seconds,
+        model=model or REFERENCE,
+        backend=backend,
+        busy_poll=busy_poll,
+        shadow_every=shadow_every,
+    )
 
 
 @click.command()
-@click.argument("tape", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--rate",
     type=click.IntRange(1, 10_000_000),
@@ -96,9 +119,7 @@ def latency(
     help="What makes a signal due; events: every message.",
 )
 @click.option("--max-lag-ms", type=click.FloatRange(0.1), default=1_000.0, show_default=True)
-@click.option("--model", type=click.Path(path_type=Path), help="Bundle; default: the reference.")
-@click.option("--backend", default="compiled", show_default=True, help="What runs the model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_shared
 def overload(
     tape: Path | None,
     rate: int | None,
@@ -113,25 +134,19 @@ def overload(
 
     Exit code 1 where something was lost, the books differ, or the lag was too long.
     """
-    import msgspec
-    from rich.console import Console
-
     from benchmarks.overload import bench_overload, show
     from benchmarks.provenance import REFERENCE
 
-    with Console(stderr=True).status("measuring") as status:
-        result = bench_overload(
-            tape,
-            rate=rate,
-            seconds=seconds,
-            model=model or REFERENCE,
-            backend=backend,
-            trigger=trigger,
-            max_lag_ms=max_lag_ms,
-            progress=status.update,
-        )
-    if as_json:
-        click.echo(msgspec.json.encode(result).decode())
-    else:
-        show(result)
+    result = _tell(
+        bench_overload,
+        show,
+        as_json,
+        path=tape,
+        rate=rate,
+        seconds=seconds,
+        model=model or REFERENCE,
+        backend=backend,
+        trigger=trigger,
+        max_lag_ms=max_lag_ms,
+    )
     sys.exit(0 if result.ok else 1)

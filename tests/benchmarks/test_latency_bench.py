@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.latency import RECORDED, _schedule, arrivals_of
-from benchmarks.overload import TICK_NS, _peak_per_s, _ticks
+from benchmarks.overload import _peak_per_s
+from benchmarks.schedules import TICK_NS, arrivals_of, as_recorded, evenly, in_ticks
 from benchmarks.stages import STAGES, time_stages
 from feeds.errors import InputError
 from feeds.simulator import Simulator
@@ -44,14 +44,14 @@ def bench(*arguments: str) -> tuple[int, dict[str, object]]:
 
 
 def test_a_rate_is_a_schedule_and_not_a_pause_after_each_message() -> None:
-    schedule = _schedule(1_000, 2.0, np.zeros(1, dtype=np.int64))
+    schedule = evenly(1_000, 2.0)
     assert len(schedule) == 2_000
     assert np.all(np.diff(schedule) == SECOND_NS // 1_000)
 
 
 def test_recorded_times_are_those_of_the_busiest_stretch() -> None:
     arrivals = np.array([0, 1, 2, 10, 11, 12, 13, 14, 30], dtype=np.int64) * SECOND_NS
-    assert _schedule(RECORDED, 4.5, arrivals).tolist() == [k * SECOND_NS for k in range(5)]
+    assert as_recorded(arrivals, 4.5).tolist() == [k * SECOND_NS for k in range(5)]
 
 
 def test_the_peak_is_that_of_the_busiest_ten_milliseconds() -> None:
@@ -60,7 +60,7 @@ def test_the_peak_is_that_of_the_busiest_ten_milliseconds() -> None:
 
 
 def test_an_overload_leaves_tick_by_tick() -> None:
-    schedule = _ticks(5_000, 1.0)
+    schedule = in_ticks(5_000, 1.0)
     assert len(schedule) == 5_000
     assert np.all(schedule % TICK_NS == 0)
     assert np.bincount(schedule // TICK_NS).tolist() == [5] * 1_000
