@@ -25,7 +25,7 @@ from engine.cores import beside
 from engine.drift import DriftConfig
 from engine.trust_events import ShadowAnswer
 
-MAX_ANSWERS_A_POLL: Final = 64
+MAX_ANSWERS: Final = 16  # of one poll
 STOP_TIMEOUT_S: Final = 2.0
 LOOK_NS: Final = 50_000_000  # between two looks at a shadow that is well and has nothing to say
 STARTING_NS: Final = 60_000_000_000  # to open its models, before it counts as lost
@@ -181,22 +181,32 @@ class Shadow:
             self._behind[:] = 1
             self._reload = False
 
-    def poll(self, now_ns: int) -> tuple[list[ShadowAnswer | Drifted], Health | None]:
+    @property
+    def answers_wait(self) -> bool:
+        """Whether there are answers that no poll has taken."""
+        header = self._ring.header
+        return bool(header[ring.ANSWER_HEAD] != header[ring.ANSWER_TAIL])
+
+    def poll(
+        self, now_ns: int, most: int = MAX_ANSWERS
+    ) -> tuple[list[ShadowAnswer | Drifted], Health | None]:
         """Answers that have come, and its health where that has changed.
 
         Parameters
         ----------
         now_ns : int
             Monotonic time.
+        most : int
+            Answers that are taken.
         """
         header = self._ring.header
-        quiet = header[ring.ANSWER_HEAD] == header[ring.ANSWER_TAIL]
+        quiet = not self.answers_wait
         if quiet and self.health is Health.UP and now_ns < self._look_ns and not self._reload:
             return [], None
         self._look_ns = now_ns + min(LOOK_NS, self._config.lost_after_ns // 4)
         if self._reload:
             self._send_reload()
-        found = self._answers()
+        found = self._answers(most)
         taken = int(header[ring.REQUEST_TAIL])
         if taken != self._done or not self._ring.waiting:
             self._done, self._progress_ns = taken, now_ns
@@ -226,10 +236,10 @@ class Shadow:
         changed = self.health is not before and self.health is not Health.STARTING
         return found, self.health if changed else None
 
-    def _answers(self) -> list[ShadowAnswer | Drifted]:
+    def _answers(self, most: int) -> list[ShadowAnswer | Drifted]:
         area, row, payload = self._ring, self._row, self._payload
         found: list[ShadowAnswer | Drifted] = []
-        while len(found) < MAX_ANSWERS_A_POLL and ring.pop_answer(
+        while len(found) < most and ring.pop_answer(
             area.header, area.answers, area.payloads, row, payload
         ):
             ticket, slot, seq, flags = row.tolist()

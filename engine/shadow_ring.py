@@ -18,7 +18,9 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from engine.handles import FIELDS, pointer, set_handle
+from engine.waiting import wait_for
 from feeds.inner import inner
+from feeds.monotonic import monotonic_ns
 
 # Columns of `header`, int64, each counter in a cache line of its own.
 REQUEST_HEAD: Final = 0
@@ -148,6 +150,40 @@ def pop_request(header, meta, xs, out, x):  # type: ignore[no-untyped-def]
     _fence()
     header[REQUEST_TAIL] = tail + 1
     return True
+
+
+@njit("int64(int64[::1], int64, int64, int64)", cache=True, nogil=True)
+def gather(header, many, look_ns, most_ns):  # type: ignore[no-untyped-def]
+    """Wait until ``many`` requests wait, or the oldest has for ``most_ns``, or none came so long.
+
+    Parameters
+    ----------
+    header : ndarray of int64
+    many : int
+    look_ns, most_ns : int
+        Between two looks at the ring, and in all.
+
+    Returns
+    -------
+    int
+        How many wait; 0 also where the engine says `STOP`.
+    """
+    begun = monotonic_ns()
+    since = np.int64(0)
+    while True:
+        now = monotonic_ns()
+        header[ALIVE_NS] = now
+        waiting = header[REQUEST_HEAD] - header[REQUEST_TAIL]
+        if header[STOP] != 0:
+            return 0
+        if waiting > 0 and since == 0:
+            since = now
+        if waiting >= many or (waiting > 0 and now - since >= most_ns):
+            return waiting
+        if waiting == 0 and now - begun >= most_ns:
+            return 0
+        wait_for(0, 0, look_ns)
+        _fence()
 
 
 @njit(

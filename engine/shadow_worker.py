@@ -31,9 +31,9 @@ from engine.feature_specs import NAMES
 from engine.saturation import SaturationProbe
 from engine.trust_events import SETTLING
 
-LOOK_S: Final = 0.005  # between two looks at the ring
-GATHER_NS: Final = 50_000_000  # that an inference waits for others at most
+GATHER_NS: Final = 100_000_000  # that an inference waits for others at most
 GATHERED_SHARE: Final = 4  # of the ring's rows, the part that waits for no more
+LOOK_NS: Final = 20_000_000  # between two looks at the ring
 SETTLE_ROWS: Final = 256  # of a model with state, before its answers count
 STATS_EVERY: Final = 256  # requests
 PROBE_EVERY: Final = 16  # requests
@@ -88,28 +88,6 @@ class Models:
         return settling, self.monitor.observe(x[0], divergence, saturated)
 
 
-class Gathering:
-    """When enough has gathered in a ring to be answered in a row."""
-
-    def __init__(self, area: ring.ShadowRing) -> None:
-        self._area = area
-        self._many = max(1, len(area.requests) // GATHERED_SHARE)
-        self._since_ns = 0  # when the oldest that waits was first seen; 0 for none
-        self._left = 0  # of a row that is being answered
-
-    def enough(self, now_ns: int) -> bool:
-        """Whether the oldest request is to be answered now."""
-        if self._left == 0:
-            waiting = self._area.waiting
-            if waiting and not self._since_ns:
-                self._since_ns = now_ns
-            if waiting < self._many and (not waiting or now_ns - self._since_ns < GATHER_NS):
-                return False
-            self._left, self._since_ns = waiting, 0
-        self._left -= 1
-        return True
-
-
 def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) -> None:
     """Answer until told to stop, or orphaned."""
     header = area.header
@@ -119,15 +97,17 @@ def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) 
     row = np.zeros(ring.META, dtype=np.int64)
     x = np.zeros((1, area.inputs.shape[1]), dtype=np.float32)
     payload = models.scores.reshape(-1).view(np.uint8)
-    done = 0
-    gathering = Gathering(area)
-    while not header[ring.STOP] and os.getppid() == parent:
-        now_ns = time.monotonic_ns()
-        header[ring.ALIVE_NS] = now_ns
-        if not gathering.enough(now_ns) or not ring.pop_request(
-            header, area.requests, area.inputs, row, x
-        ):
-            time.sleep(LOOK_S)
+    done = left = 0
+    many = max(1, len(area.requests) // GATHERED_SHARE)
+    while True:
+        if left == 0:
+            if header[ring.STOP] or os.getppid() != parent:
+                return
+            left = ring.gather(header, many, LOOK_NS, GATHER_NS)
+            continue
+        left -= 1
+        header[ring.ALIVE_NS] = time.monotonic_ns()
+        if not ring.pop_request(header, area.requests, area.inputs, row, x):
             continue
         flags = int(row[ring.FLAGS])
         if flags & ring.RELOAD:
@@ -164,7 +144,7 @@ def _push(area: ring.ShadowRing, parent: int, row: np.ndarray, payload: np.ndarr
         if area.header[ring.STOP] or os.getppid() != parent:
             return
         area.header[ring.ALIVE_NS] = time.monotonic_ns()
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_NS / 1e9)
 
 
 def main(arguments: list[str]) -> int:

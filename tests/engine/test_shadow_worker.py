@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
 from engine import shadow_ring as ring
-from engine.shadow_worker import GATHER_NS, GATHERED_SHARE, Gathering
 
 ROWS = 32
-MANY = ROWS // GATHERED_SHARE
+MANY = 8
+LOOK_NS = 1_000_000
+MOST_NS = 100_000_000
+LONG_NS = 20_000_000_000
 
 
 @pytest.fixture
@@ -24,41 +29,46 @@ def request(area: ring.ShadowRing, count: int = 1) -> None:
         assert ring.push_request(area.header, area.requests, area.inputs, 1, 0, 1, 0, x)
 
 
-def answered(area: ring.ShadowRing, gathering: Gathering, now_ns: int) -> int:
-    """How many are answered in a row at a time."""
-    row, x = np.zeros(ring.META, dtype=np.int64), np.zeros((1, 4), dtype=np.float32)
-    count = 0
-    while gathering.enough(now_ns):
-        assert ring.pop_request(area.header, area.requests, area.inputs, row, x)
-        count += 1
-    return count
+def gathered(area: ring.ShadowRing, most_ns: int) -> tuple[int, int]:
+    """How many, and after how many nanoseconds."""
+    begun = time.monotonic_ns()
+    found = int(ring.gather(area.header, MANY, LOOK_NS, most_ns))
+    return found, time.monotonic_ns() - begun
 
 
 def test_one_request_waits_for_others_and_no_longer_than_it_may(area: ring.ShadowRing) -> None:
-    gathering = Gathering(area)
-    assert answered(area, gathering, 1) == 0
     request(area)
-    assert answered(area, gathering, 1_000) == 0
-    request(area)
-    assert answered(area, gathering, 1_000 + GATHER_NS - 1) == 0
-    assert answered(area, gathering, 1_000 + GATHER_NS) == 2
-    request(area)
-    assert answered(area, gathering, 1_001 + GATHER_NS) == 0, "a new one, which waits anew"
-    assert answered(area, gathering, 1_001 + 2 * GATHER_NS) == 1
+    later = threading.Timer(MOST_NS / 4e9, request, [area, 2])
+    later.start()
+    found, took_ns = gathered(area, MOST_NS)
+    later.join()
+    assert found == 3
+    assert took_ns >= MOST_NS
 
 
 def test_many_wait_for_no_more(area: ring.ShadowRing) -> None:
-    gathering = Gathering(area)
-    request(area, MANY - 1)
-    assert answered(area, gathering, 5) == 0
+    request(area, MANY)
+    found, took_ns = gathered(area, LONG_NS)
+    assert found == MANY
+    assert took_ns < LONG_NS / 2
+    request(area, MANY)
+    assert gathered(area, LONG_NS)[0] == 2 * MANY
+
+
+def test_where_nothing_comes_it_says_so_and_that_it_is_there(area: ring.ShadowRing) -> None:
+    found, took_ns = gathered(area, MOST_NS)
+    assert (found, took_ns >= MOST_NS) == (0, True)
+    assert time.monotonic_ns() - area.header[ring.ALIVE_NS] < LONG_NS
+    assert area.header[ring.ALIVE_NS] > 0
+
+
+def test_a_stop_ends_the_wait(area: ring.ShadowRing) -> None:
     request(area)
-    assert answered(area, gathering, 6) == MANY
-    request(area, ROWS)
-    assert answered(area, gathering, 7) == ROWS
 
+    def stop() -> None:
+        area.header[ring.STOP] = 1
 
-def test_a_ring_of_the_fewest_rows_is_answered_too() -> None:
-    small, _ = ring.ShadowRing.make(1, 4, 3)
-    gathering = Gathering(small)
-    request(small)
-    assert answered(small, gathering, 1) == 1
+    threading.Timer(0.1, stop).start()
+    found, took_ns = gathered(area, LONG_NS)
+    assert found == 0
+    assert took_ns < LONG_NS / 2
