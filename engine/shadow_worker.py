@@ -75,7 +75,9 @@ class Models:
             settling = SETTLING if age < SETTLE_ROWS else 0
             self._ages[slot] = age + 1
         self.fp32.infer(slot, x, self._outs[0])
+        os.sched_yield()
         self.int8.infer(slot, x, self._outs[1])
+        os.sched_yield()
         self._seen += 1
         saturated = None
         if self.has_state or self._seen % PROBE_EVERY == 0:
@@ -116,6 +118,7 @@ def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) 
             continue
         row[ring.FLAGS], alerts = models.answer(int(row[ring.SLOT]), flags, x)
         _push(area, parent, row, payload)
+        os.sched_yield()
         for alert in alerts:
             row[ring.FLAGS] = ring.ALERT
             row[ring.TICKET] = alert.rows
