@@ -82,6 +82,7 @@ class LatencyBench(msgspec.Struct, frozen=True):
     runs: int
     seconds: float
     busy_poll: bool
+    core: int
     shadow_every: int
     totals: list[dict[str, Any]]
     machine: dict[str, str | int]
@@ -100,6 +101,7 @@ def bench_latency(
     model: Path = REFERENCE,
     backend: str = "compiled",
     busy_poll: bool = False,
+    core: int = -1,
     shadow_every: int = SHADOW_EVERY,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> LatencyBench:
@@ -119,6 +121,8 @@ def bench_latency(
         What answers.
     busy_poll : bool
         Let the engine never sleep.
+    core : int
+        That the engine's hot path keeps to; -1 leaves it to the system.
     shadow_every : int
         Of how many inferences the shadow answers one; 0 for no shadow.
     progress : callable
@@ -130,7 +134,7 @@ def bench_latency(
         If the tape or the bundle cannot be used, or a process does not start.
     """
     cells, totals = [], []
-    sections = f"[loop]\nbusy_poll = {str(busy_poll).lower()}\n"
+    sections = f"[loop]\nbusy_poll = {str(busy_poll).lower()}\ncore = {core}\n"
     progress("preparing the tape")
     with source_tape(path) as (source, name):
         arrivals = arrivals_of(source)
@@ -179,6 +183,7 @@ def bench_latency(
         runs=runs,
         seconds=seconds,
         busy_poll=busy_poll,
+        core=core,
         shadow_every=shadow_every,
         totals=totals,
         **provenance(),

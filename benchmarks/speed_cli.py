@@ -62,6 +62,13 @@ def _tell(
 @click.option("--seconds", type=click.FloatRange(0.2, 600), default=3.0, show_default=True)
 @click.option("--busy-poll", is_flag=True, help="The engine never sleeps.")
 @click.option(
+    "--core",
+    type=click.IntRange(-1),
+    default=-1,
+    show_default=True,
+    help="That the engine's hot path keeps to; -1: the system's choice.",
+)
+@click.option(
     "--shadow-every",
     type=click.IntRange(0),
     default=10,
@@ -78,6 +85,7 @@ def latency(
     model: Path | None,
     backend: str,
     busy_poll: bool,
+    core: int,
     shadow_every: int,
     as_json: bool,
 ) -> None:
@@ -100,6 +108,7 @@ def latency(
         model=model or REFERENCE,
         backend=backend,
         busy_poll=busy_poll,
+        core=core,
         shadow_every=shadow_every,
     )
 

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
+from engine.config_checks import check_config
 from engine.controls import ControlsConfig
 from engine.drift import DriftConfig
 from engine.failover import FailoverConfig
 from engine.hashes import json_hash
-from feeds.endpoint import check_endpoint, is_local
 from feeds.errors import InputError
 
 MAX_DURATION_NS: Final = 86_400_000_000_000  # one day
@@ -31,8 +31,6 @@ MAX_THREADS: Final = 256
 MIN_LEVELS: Final = 16
 MAX_LEVELS: Final = 65_534  # what a group of an SBE message can hold
 MIN_TIMER_NS: Final = 1_000_000
-MAX_INSTRUMENTS: Final = 4_096
-MAX_FEEDS: Final = 64
 MAX_CORES: Final = 4_095
 MAX_CONFIG_BYTES: Final = 1 << 20
 
@@ -90,9 +88,15 @@ class TrustConfig(_Section, frozen=True):
 
 
 class ShadowConfig(_Section, frozen=True):
-    """The FP32 twin beside the hot path: on each ``every``-th inference, 0 for none."""
+    """The FP32 twin beside the hot path: on each ``every``-th inference, 0 for none.
+
+    An inference waits ``gather_ns`` at most for others (and a quarter of ``lost_after_ns``), to be
+    answered in a row with them: less tells sooner where the models diverge, more disturbs the hot
+    path less where cores are short.
+    """
 
     every: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
+    gather_ns: Annotated[int, Meta(ge=0, le=10_000_000_000)] = 200_000_000
     poll_ns: Annotated[int, Meta(ge=MIN_TIMER_NS, le=MAX_DURATION_NS)] = 10_000_000
     lost_after_ns: Duration = 1_000_000_000
     restart_after_ns: Duration = 2_000_000_000
@@ -169,7 +173,7 @@ class LoopConfig(_Section, frozen=True):
     Where nothing happens the hot path sleeps for ``wait_ns`` at most, by which the loop's timers
     may be late. ``busy_poll`` never sleeps: it looks for messages for ``spin_ns`` before it lets
     anything else have its turn. ``core`` is the core that the hot path keeps to, and that nothing
-    else of the engine uses; -1 leaves it to the system.
+    else of the engine uses (where it sleeps, ZeroMQ's threads do); -1 leaves it to the system.
     """
 
     busy_poll: bool = False
@@ -261,7 +265,7 @@ def parse_config(raw: dict[str, Any], *, where: str, folder: Path | None = None)
     Relative ``model.bundle`` and ``tape.path`` are resolved against ``folder`` where one is given.
     """
     config: Config = _convert(raw, Config, where)
-    _check_config(config, where)
+    check_config(config, where)
     if folder is None:
         return config
     return msgspec.structs.replace(
@@ -301,7 +305,7 @@ def require_live(config: Config, *, where: str) -> None:
 def default_config(instruments: Iterable[tuple[str, str]]) -> Config:
     """The config a replay uses when it is given none, for (venue, symbol) pairs."""
     config = Config(instruments=tuple(InstrumentConfig(v, s) for v, s in sorted(instruments)))
-    _check_config(config, "default config")
+    check_config(config, "default config")
     return config
 
 
@@ -427,58 +431,6 @@ def _look_up(raw: Any, kind: Any, path: str) -> tuple[Any, tuple[str, ...]]:
     return value, get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def _check_config(config: Config, where: str) -> None:
-    bound: dict[str, str] = {}
-    for index, feed in enumerate(config.feeds):
-        check_endpoint(feed.endpoint, key=f"feed[{index}].endpoint", where=where)
-        _once(bound, feed.endpoint, f"feed[{index}].endpoint", where)
-        if feed.snapshot_endpoint:
-            key = f"feed[{index}].snapshot_endpoint"
-            check_endpoint(feed.snapshot_endpoint, key=key, where=where)
-            _once(bound, feed.snapshot_endpoint, key, where)
-    if config.publish.endpoint:
-        check_endpoint(config.publish.endpoint, key="publish.endpoint", where=where, binds=True)
-        _once(bound, config.publish.endpoint, "publish.endpoint", where)
-    if config.control.endpoint:
-        check_endpoint(config.control.endpoint, key="control.endpoint", where=where, binds=True)
-        _once(bound, config.control.endpoint, "control.endpoint", where)
-        locked = config.control.curve_secret_key_file and config.control.curve_clients_folder
-        if not locked and not is_local(config.control.endpoint):
-            raise InputError(
-                "'control.endpoint' could be reached from other machines",
-                where=where,
-                expected="ipc:// or tcp:// on 127.0.0.1, or curve_secret_key_file and"
-                " curve_clients_folder",
-                found=config.control.endpoint,
-            )
-    if config.metrics.address:
-        check_endpoint(f"tcp://{config.metrics.address}", key="metrics.address", where=where)
-    _at_most(len(config.feeds), MAX_FEEDS, "feed", where)
-    _at_most(len(config.instruments), MAX_INSTRUMENTS, "instrument", where)
-    if not config.instruments:
-        raise InputError(
-            "no instrument to follow",
-            where=where,
-            expected="at least one [[instrument]] with venue and symbol",
-            found="none",
-        )
-    seen: dict[tuple[str, str], int] = {}
-    for index, item in enumerate(config.instruments):
-        _check_name(item.venue, 16, f"instrument[{index}].venue", where, dots=False)
-        _check_name(item.symbol, 32, f"instrument[{index}].symbol", where, dots=True)
-        first = seen.setdefault((item.venue, item.symbol), index)
-        if first != index:
-            raise InputError(
-                f"'instrument[{index}]' is named twice",
-                where=where,
-                found=f"{item.venue} {item.symbol}, also instrument[{first}]",
-                fix="remove one",
-            )
-    for key, text in (("backend", config.model.backend), ("device", config.model.device)):
-        if not text:
-            raise InputError(f"'model.{key}' is empty", where=where, expected="a name")
-
-
 def served_by(
     config: Config, backend: str | None, device: str | None = None, threads: int | None = None
 ) -> Config:
@@ -498,36 +450,6 @@ def served_by(
         threads=threads or model.threads,
     )
     return msgspec.structs.replace(config, model=model)
-
-
-def _once(bound: dict[str, str], endpoint: str, key: str, where: str) -> None:
-    first = bound.setdefault(endpoint, key)
-    if first != key:
-        raise InputError(
-            f"'{key}' is the endpoint of '{first}' too",
-            where=where,
-            expected="an endpoint of its own for each",
-            found=endpoint,
-        )
-
-
-def _at_most(count: int, limit: int, key: str, where: str) -> None:
-    if count > limit:
-        raise InputError(
-            f"too many [[{key}]]", where=where, expected=f"at most {limit}", found=str(count)
-        )
-
-
-def _check_name(text: str, length: int, key: str, where: str, *, dots: bool) -> None:
-    good = 0 < len(text) <= length and all("!" <= char <= "~" for char in text)
-    if not good or (not dots and "." in text):
-        raise InputError(
-            f"'{key}' is no name that fits the wire",
-            where=where,
-            expected=f"1 to {length} printable ASCII characters without spaces"
-            + ("" if dots else " or dots"),
-            found=repr(text),
-        )
 
 
 def _resolve(folder: Path, path: str) -> str:

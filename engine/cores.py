@@ -1,8 +1,13 @@
 """The hot path first: a core of its own where there is one, and nobody who interrupts it.
 
 With a core of its own, the thread of the event loop keeps to that; every other thread of the
-process (ZeroMQ's, above all) and every process that it starts keeps off it. What else runs on the
-machine is the operator's to keep away, with ``isolcpus`` or a cpuset.
+process and every process that it starts keeps off it. What else runs on the machine is the
+operator's to keep away, with ``isolcpus`` or a cpuset.
+
+ZeroMQ's threads are the exception where the hot path sleeps: they have work when it has none. To
+wake a thread on a core that sleeps takes an interrupt from one core to the other (a virtual one has
+to be entered again as well); on its own core it takes a place in a queue, and what one has just
+written is in the caches of the other. A hot path that never sleeps lets nobody else run there.
 
 On any core, the hot path asks for short time slices: woken up, it is let in at once, and what it
 wakes in turn (ZeroMQ's thread, by sending) does not take the core from it before it is done.
@@ -26,6 +31,7 @@ SLICE_NS: Final = 100_000  # the shortest that Linux grants
 # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period.
 _ATTRIBUTES: Final = struct.Struct("<IIQiIQQQ")
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+ZEROMQ_NAME: Final = "ZMQbg"  # what libzmq's threads are called
 _THREADS: Final = Path("/proc/self/task")
 _allowed: set[int] = set()  # before `keep_to`
 
@@ -54,8 +60,14 @@ def _short_slices(policy: int) -> bool:
     return bool(libc.syscall(number, 0, attributes, 0) == 0)
 
 
-def keep_to(core: int) -> None:
+def keep_to(core: int, *, with_zeromq: bool) -> None:
     """Let this thread have a core, and let the others leave it.
+
+    Parameters
+    ----------
+    core : int
+    with_zeromq : bool
+        ZeroMQ's threads keep to the core as well.
 
     Raises
     ------
@@ -75,9 +87,11 @@ def keep_to(core: int) -> None:
     others = before - {core} or before
     own = os.getpid()
     for thread in _THREADS.iterdir():
-        if int(thread.name) != own:
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread.name), others)
+        if int(thread.name) == own:
+            continue
+        with suppress(ProcessLookupError, FileNotFoundError):
+            stays = with_zeromq and (thread / "comm").read_text().startswith(ZEROMQ_NAME)
+            os.sched_setaffinity(int(thread.name), {core} if stays else others)
     os.sched_setaffinity(0, {core})
 
 

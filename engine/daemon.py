@@ -20,24 +20,21 @@ from typing import Any, Final
 import zmq
 
 from engine import cores, latency, live, state
+from engine.account import Account, Totals
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
-from engine.compilations import Compilations
 from engine.config import Config, config_hash, semantic
 from engine.features import SCHEMA_HASH
 from engine.feed import FeedConnection
-from engine.gc_pauses import GcPauses
 from engine.handshake import Handshake, Notice
 from engine.hashes import code_hash
 from engine.oversight import Oversight
 from engine.pipeline import Pipeline
 from engine.publisher import SignalPublisher
 from engine.recorder import Recorder, ScratchTape, insert_record, open_recorder
-from engine.shadow_ring import STAT_NAMES
 from engine.signals import AT_BOOK_STATE
 from engine.start_up import StartUp
-from engine.totals import Totals
-from engine.trust import BOOK_STATES, MODE_FP32, MODES, SYNCED
+from engine.trust import BOOK_STATES, MODE_FP32, SYNCED
 from engine.trust_events import CONFLATION, INFERENCE_LATE, Control
 from engine.turns import Reader, Turns
 from engine.waiting import loop_descriptor
@@ -73,8 +70,7 @@ class Daemon:
         self._notice = notice
         self._stop = False
         self._offset_ns = time.time_ns() - time.monotonic_ns()
-        self._started_ns = self.now_ns()
-        self.epoch: Final = self._started_ns
+        self.epoch: Final = self.now_ns()
         self.bundle: Bundle = load_bundle(config.model.bundle)
         self.start_up.mark("bundle")
         backend = open_backend(
@@ -97,10 +93,7 @@ class Daemon:
         self._feeds: list[FeedConnection] = []
         self._recorder: Recorder | None = None
         self._requested_ns = [0] * len(names)
-        self._state_seq = self._alert_seq = self._rejected_told = 0
-        self._next_state_ns = self._lag_max_ns = self._conflations = 0
-        self.gc_pauses: Final = GcPauses()
-        self.compilations: Final = Compilations()
+        self._alert_seq = self._rejected_told = self._next_state_ns = 0
         signal_bytes = tape.RECORD_HEADER_BYTES + self.pipeline.signal_bytes + 8
         self._room = config.limits.max_message_bytes + signal_bytes * (len(names) + 1)
         self._room += 2 * tape.RECORD_HEADER_BYTES + wire.HEADER_BYTES + wire.CONTROL_BLOCK
@@ -116,6 +109,7 @@ class Daemon:
                 self._feeds.append(FeedConnection(self._context, feed, config.limits, names))
             self._link = self._new_link(self.pipeline, [feed.sub for feed in self._feeds])
             self.publisher.lend(self._topics, self._link.last, self._link.sent)
+            self.account = Account(config, self.pipeline, self._link, self.epoch)
             self.oversight = Oversight(
                 config,
                 self.pipeline,
@@ -126,6 +120,7 @@ class Daemon:
                 values=self.state_values,
                 notice=notice,
             )
+            self.account.shadow = self.oversight.shadow
         except InputError:
             self.close()
             raise
@@ -167,7 +162,7 @@ class Daemon:
             self.publisher.serve_joins()
         self.start_up.mark("handshake")
         meta = tape.TapeMeta(
-            created_ns=self._started_ns,
+            created_ns=self.epoch,
             source="octick run",
             instruments=[
                 handshake.definitions[name] for name in names if name in handshake.definitions
@@ -188,7 +183,7 @@ class Daemon:
         for recv_ns, payload in handshake.early:
             self._take(tape.MARKET, recv_ns, payload)
         self.start_up.mark("tape")
-        self.compilations.watch()
+        self.account.compilations.watch()
         self.ready = True
 
     def _warm_up(self) -> None:
@@ -290,7 +285,7 @@ class Daemon:
         """Begin or end conflation: an event, so that a replay does the same at the same place."""
         link = self._link
         link.conflating = begins
-        self._conflations += begins
+        self.account.conflations += begins
         every_ns = self.config.overload.conflate_every_ns if begins else 0
         text = f"{link.lag_ns / 1e9:.3f} s behind" if begins else "no message waits any more"
         event = Control(CONFLATION, self.now_ns(), "engine", text, every_ns)
@@ -383,51 +378,17 @@ class Daemon:
             gc.collect(1)
 
     def _publish_state(self) -> None:
-        self._state_seq += 1
+        self.account.state_seq += 1
         values = self.state_values()
         self.publisher.publish(state.STATE_TOPIC, state.encode_state(values))
-        self._lag_max_ns = max(self._lag_max_ns, values["lag_ns"])
-        self._link.forget_lag()
+        self.account.close_lag()
 
     def _malformed(self) -> int:
         return self._link.malformed + sum(feed.malformed for feed in self._feeds)
 
     def state_values(self) -> dict[str, Any]:
         """The fields of EngineState as they are now."""
-        pipeline, shadow = self.pipeline, self.oversight.shadow
-        counters = pipeline.counters
-        return {
-            "engine_epoch": self.epoch,
-            "seq": self._state_seq,
-            "now_ns": self.now_ns(),
-            "messages": counters["messages"],
-            "signals": counters["signals"],
-            "tradable": counters["tradable"],
-            "lost": counters["lost"],
-            "duplicates": counters["duplicates"],
-            "gaps": counters["gaps"],
-            "rejected": counters["rejected"] + self._malformed(),
-            "instruments": len(self.pipeline.names),
-            "synced": self.pipeline.synced(),
-            "latency_p50_ns": latency.quantile(self._link.latencies, 0.50),
-            "latency_p99_ns": latency.quantile(self._link.latencies, 0.99),
-            "code_hash": code_hash(),
-            "model_hash": pipeline.trust.model_hash,
-            "config_hash": config_hash(self.config),
-            "feature_hash": SCHEMA_HASH,
-            "mode": pipeline.trust.failover.mode,
-            "shadow_state": pipeline.trust.failover.shadow,
-            "transitions": pipeline.trust.failover.transitions,
-            "violations": pipeline.suppressed["VALUE_CHECK"],
-            "shadow_answers": pipeline.trust.shadow_answers,
-            "shadow_missed": 0 if shadow is None else shadow.missed,
-            "disagreements": pipeline.trust.disagreements,
-            "swaps": pipeline.trust.swaps,
-            "lag_ns": self._link.longest_lag_ns,
-            "conflations": self._conflations,
-            "conflating": self._link.conflating,
-            **(dict.fromkeys(STAT_NAMES, 0.0) if shadow is None else shadow.stats),
-        }
+        return self.account.state_values(self.now_ns(), self._malformed())
 
     async def run(self, seconds: float = 0.0) -> Totals:
         """Take events until `stop`, a signal, or ``seconds`` have passed (0: no limit)."""
@@ -438,11 +399,11 @@ class Daemon:
         loop.add_signal_handler(os_signal.SIGUSR1, self.oversight.halt, "signal", "SIGUSR1")
         cores.be_prompt()
         if self.config.loop.core >= 0:
-            cores.keep_to(self.config.loop.core)
+            cores.keep_to(self.config.loop.core, with_zeromq=not self.config.loop.busy_poll)
         gc.collect()
         gc.freeze()
         gc.disable()
-        self.gc_pauses.watch()
+        self.account.gc_pauses.watch()
         # A thread that opens a candidate gives the interpreter back this soon.
         sys.setswitchinterval(SWITCH_S)
 
@@ -469,7 +430,7 @@ class Daemon:
         finally:
             await self.oversight.stop(loop)
             turns.stop()
-            self.gc_pauses.close()
+            self.account.gc_pauses.close()
             gc.enable()
             gc.unfreeze()
             cores.let_go()
@@ -479,45 +440,12 @@ class Daemon:
     def totals(self) -> Totals:
         """What the session did so far."""
         values = self.state_values()
-        path = getattr(self._recorder, "path", "")
-        return Totals(
-            seconds=(self.now_ns() - self._started_ns) / 1e9,
-            messages=values["messages"],
-            signals=values["signals"],
-            tradable=values["tradable"],
-            lost=values["lost"],
-            gaps=values["gaps"],
-            duplicates=values["duplicates"],
-            rejected=values["rejected"],
-            instruments=values["instruments"],
-            synced=values["synced"],
-            subscriber_drops=self.publisher.drops,
-            mode=MODES[values["mode"]],
-            transitions=values["transitions"],
-            shadow_answers=values["shadow_answers"],
-            disagreements=values["disagreements"],
-            swaps=values["swaps"],
-            conflations=self._conflations,
-            lag_max_ms=max(self._lag_max_ns, values["lag_ns"]) / 1e6,
-            latency_p50_us=values["latency_p50_ns"] / 1e3,
-            latency_p99_us=values["latency_p99_ns"] / 1e3,
-            latency_max_us=latency.quantile(self._link.latencies, 1.0) / 1e3,
-            collections=self.gc_pauses.collections,
-            longest_gc_pause_us=self.gc_pauses.longest_ns / 1e3,
-            compilations=self.compilations.count,
-            compiled=self.compilations.functions,
-            start_up_s=self.start_up.seconds,
-            tape=str(path),
-            tape_records=0 if self._recorder is None else self._recorder.records,
-            engine_epoch=self.epoch,
-            model_hash=f"{values['model_hash']:016x}",
-            config_hash=f"{values['config_hash']:016x}",
-            code_hash=f"{values['code_hash']:016x}",
-        )
+        return self.account.totals(values, self._recorder, self.publisher.drops, self.start_up)
 
     def close(self) -> None:
         """Close the tape and every socket. Closing twice is fine."""
-        self.compilations.close()
+        if hasattr(self, "account"):
+            self.account.close()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

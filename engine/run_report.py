@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from engine.account import Totals
     from engine.daemon import Daemon
-    from engine.totals import Totals
 
 
 class Reporter:

@@ -107,11 +107,13 @@ class Shadow:
         )
         self._payload = np.zeros(self._ring.payloads.shape[1], dtype=np.uint8)
         shape = (self._config.max_waiting, self._bundle.n_features, self._n_outputs)
+        # Who waits is not lost.
+        gather_ns = min(self._config.gather_ns, self._config.lost_after_ns // 4)
         self._process = subprocess.Popen(
             [
                 *(*beside(), sys.executable, "-m", "engine.shadow_worker"),
                 *(str(os.getpid()), str(self._fd)),
-                *(str(number) for number in shape),
+                *(str(number) for number in (*shape, gather_ns)),
                 *(str(self._bundle.path), self._drift),
             ],
             pass_fds=(self._fd,),

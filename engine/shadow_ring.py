@@ -161,7 +161,7 @@ def gather(header, many, look_ns, most_ns):  # type: ignore[no-untyped-def]
     header : ndarray of int64
     many : int
     look_ns, most_ns : int
-        Between two looks at the ring, and in all.
+        Between two looks at the ring, and in all; at least one look's time where none waits.
 
     Returns
     -------
@@ -180,7 +180,7 @@ def gather(header, many, look_ns, most_ns):  # type: ignore[no-untyped-def]
             since = now
         if waiting >= many or (waiting > 0 and now - since >= most_ns):
             return waiting
-        if waiting == 0 and now - begun >= most_ns:
+        if waiting == 0 and now - begun >= max(most_ns, look_ns):
             return 0
         wait_for(0, 0, look_ns)
         _fence()

@@ -1,8 +1,9 @@
 """The shadow's own process: both models on what the hot path answered, and the drift monitor.
 
-``python -m engine.shadow_worker PARENT FD ROWS FEATURES OUTPUTS BUNDLE DRIFT`` where PARENT is the
-engine's process, FD the ring that it made (`engine.shadow_ring`) and DRIFT the config's section as
-JSON. It says in the ring that it is there, and ends when it is told to or when its parent is gone.
+``python -m engine.shadow_worker PARENT FD ROWS FEATURES OUTPUTS GATHER_NS BUNDLE DRIFT`` where
+PARENT is the engine's process, FD the ring that it made (`engine.shadow_ring`), and DRIFT the
+config's section as JSON. It says in the ring that it is there, and ends when it is told to or when
+its parent is gone.
 
 It lets work gather: where cores are short, each time it wakes it takes one from the engine, and a
 dozen inferences in a row take hardly longer than one by itself, whose code and weights have to be
@@ -31,9 +32,9 @@ from engine.feature_specs import NAMES
 from engine.saturation import SaturationProbe
 from engine.trust_events import SETTLING
 
-GATHER_NS: Final = 100_000_000  # that an inference waits for others at most
 GATHERED_SHARE: Final = 4  # of the ring's rows, the part that waits for no more
-LOOK_NS: Final = 20_000_000  # between two looks at the ring
+LOOK_NS: Final = 20_000_000  # between two looks at the ring, at most
+MIN_LOOK_NS: Final = 500_000  # a look wakes the process up, some 20 µs of a core
 SETTLE_ROWS: Final = 256  # of a model with state, before its answers count
 STATS_EVERY: Final = 256  # requests
 PROBE_EVERY: Final = 16  # requests
@@ -90,7 +91,9 @@ class Models:
         return settling, self.monitor.observe(x[0], divergence, saturated)
 
 
-def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) -> None:
+def serve(
+    area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig, gather_ns: int
+) -> None:
     """Answer until told to stop, or orphaned."""
     header = area.header
     header[ring.ALIVE_NS] = time.monotonic_ns()
@@ -100,12 +103,13 @@ def serve(area: ring.ShadowRing, parent: int, bundle: Path, drift: DriftConfig) 
     x = np.zeros((1, area.inputs.shape[1]), dtype=np.float32)
     payload = models.scores.reshape(-1).view(np.uint8)
     done = left = 0
+    look_ns = min(LOOK_NS, max(MIN_LOOK_NS, gather_ns // 4))
     many = max(1, len(area.requests) // GATHERED_SHARE)
     while True:
         if left == 0:
             if header[ring.STOP] or os.getppid() != parent:
                 return
-            left = ring.gather(header, many, LOOK_NS, GATHER_NS)
+            left = ring.gather(header, many, look_ns, gather_ns)
             continue
         left -= 1
         header[ring.ALIVE_NS] = time.monotonic_ns()
@@ -152,13 +156,13 @@ def _push(area: ring.ShadowRing, parent: int, row: np.ndarray, payload: np.ndarr
 
 def main(arguments: list[str]) -> int:
     """Run; see the module."""
-    parent, fd, rows, n_features, n_outputs = (int(text) for text in arguments[:5])
+    parent, fd, rows, n_features, n_outputs, gather_ns = (int(text) for text in arguments[:6])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops us
     os.nice(NICE)
     be_patient()
     area = ring.ShadowRing(fd, rows, n_features, n_outputs)
-    drift = msgspec.json.decode(arguments[6], type=DriftConfig)
-    serve(area, parent, Path(arguments[5]), drift)
+    drift = msgspec.json.decode(arguments[7], type=DriftConfig)
+    serve(area, parent, Path(arguments[6]), drift, gather_ns)
     return 0
 
 

@@ -16,7 +16,10 @@ from feeds.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, os, subprocess, sys, threading
+import zmq
 from engine import cores
+context = zmq.Context()
+socket = context.socket(zmq.PUB)
 ready, done = threading.Event(), threading.Event()
 other = []
 def rest():
@@ -28,7 +31,12 @@ thread.start()
 ready.wait()
 allowed = os.sched_getaffinity(0)
 core = max(allowed)
-cores.keep_to(core)
+cores.keep_to(core, with_zeromq=WITH)
+def of_zeromq():
+    for thread in os.listdir('/proc/self/task'):
+        if open(f'/proc/self/task/{thread}/comm').read().startswith('ZMQbg'):
+            yield sorted(os.sched_getaffinity(int(thread)))
+zeromq = list(of_zeromq())
 own = sorted(os.sched_getaffinity(0))
 others = sorted(os.sched_getaffinity(other[0]))
 ask = "import os; print(sorted(os.sched_getaffinity(0)))"
@@ -36,24 +44,32 @@ child = subprocess.run([*cores.beside(), sys.executable, "-c", ask], capture_out
 cores.let_go()
 done.set()
 after = sorted(os.sched_getaffinity(0))
-print(json.dumps([sorted(allowed), core, own, others, json.loads(child.stdout), after]))
+print(json.dumps([sorted(allowed), core, own, others, json.loads(child.stdout), after, zeromq]))
+socket.close()
+context.term()
 """
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_this_thread_has_the_core_and_threads_and_children_have_the_others() -> None:
+@pytest.mark.parametrize("with_zeromq", [False, True])
+def test_this_thread_has_the_core_and_threads_and_children_have_the_others(
+    with_zeromq: bool,
+) -> None:
+    program = PROGRAM.replace("WITH", str(with_zeromq))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    allowed, core, own, others, child, after = json.loads(done.stdout)
+    allowed, core, own, others, child, after, zeromq = json.loads(done.stdout)
     rest = [number for number in allowed if number != core]
     assert own == [core]
     assert others == rest
     assert child == rest
     assert after == allowed
+    assert zeromq
+    assert all(found == ([core] if with_zeromq else rest) for found in zeromq)
 
 
 def test_a_core_that_is_not_ours_is_refused() -> None:
     with pytest.raises(InputError, match=r"loop\.core"):
-        cores.keep_to(4_000)
+        cores.keep_to(4_000, with_zeromq=True)
     assert cores.beside() == []
