@@ -18,6 +18,10 @@ PROGRAM = """
 import json, os, subprocess, sys, threading
 import zmq
 from engine import cores
+def of_zeromq():
+    for thread in os.listdir('/proc/self/task'):
+        if open(f'/proc/self/task/{thread}/comm').read().startswith('ZMQbg'):
+            yield sorted(os.sched_getaffinity(int(thread)))
 context = zmq.Context()
 socket = context.socket(zmq.PUB)
 ready, done = threading.Event(), threading.Event()
@@ -31,11 +35,9 @@ thread.start()
 ready.wait()
 allowed = os.sched_getaffinity(0)
 core = max(allowed)
+while len(list(of_zeromq())) < 2:  # a thread gives itself its name
+    pass
 cores.keep_to(core, with_zeromq=WITH)
-def of_zeromq():
-    for thread in os.listdir('/proc/self/task'):
-        if open(f'/proc/self/task/{thread}/comm').read().startswith('ZMQbg'):
-            yield sorted(os.sched_getaffinity(int(thread)))
 zeromq = list(of_zeromq())
 own = sorted(os.sched_getaffinity(0))
 others = sorted(os.sched_getaffinity(other[0]))

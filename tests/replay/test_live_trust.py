@@ -36,6 +36,7 @@ from engine.trust_events import (
 )
 from feeds import codec, tape, wire
 from feeds.tape_reader import TapeReader
+from tests.engine import onnx_sessions
 from tests.engine.bundles import write_manifest
 from tests.replay.processes import Processes, stop
 
@@ -50,24 +51,43 @@ endpoint = "{control}"
 [evidence]
 folder = "{evidence}"
 """
-# A daemon whose model hangs once, as a device that stalls would make it.
+# A daemon whose model hangs once, as a device that stalls would make it: where a kernel runs the
+# model, and where Python does.
 HANGS = """
-import sys, time
+import ctypes, sys, time
+from engine.backends import onnx_native, onnx_providers
 from engine.backends.onnx import OnnxBackend
-infer, calls = OnnxBackend.infer, [0]
-def hanging(self, stream, x, out):
-    if type(x).__name__ == "ndarray" and calls[0] >= 0 and WARM[0]:
+calls, warm, kept = [0], [False], []
+def hang():
+    calls[0] += warm[0]
+    if calls[0] == 50:
         calls[0] += 1
-        if calls[0] == 50:
-            time.sleep(2.0)
-    return infer(self, stream, x, out)
-WARM = [False]
-OnnxBackend.infer = hanging
+        time.sleep(2.0)
+def native():
+    init, address = onnx_native.NativeRunner.__init__, ctypes.c_void_p
+    kind = ctypes.CFUNCTYPE(address, address, address, address)
+    def hanging(self, *arguments):
+        init(self, *arguments)
+        run = kind(int(self._arena[onnx_native.RUN]))
+        def slow(*arguments):
+            hang()
+            return run(*arguments) or 0
+        kept.append(kind(slow))
+        self._arena[onnx_native.RUN] = ctypes.cast(kept[-1], address).value
+    onnx_native.NativeRunner.__init__ = hanging
+def python():
+    onnx_providers.find_api = lambda: None
+    infer = OnnxBackend.infer
+    def hanging(self, *arguments):
+        hang()
+        return infer(self, *arguments)
+    OnnxBackend.infer = hanging
+SESSION()
 import octick
 from engine.daemon import Daemon
 run = Daemon.run
 async def marked(self, seconds=0.0):
-    WARM[0] = True
+    warm[0] = True
     return await run(self, seconds)
 Daemon.run = marked
 octick.main()
@@ -215,12 +235,15 @@ def test_a_shadow_that_dies_or_stops_is_said_and_comes_back_by_itself(
         os.kill(status["shadow_pid"], 0)
 
 
+@pytest.mark.parametrize("kind", onnx_sessions.KINDS)
 def test_an_inference_that_hangs_is_reported_suppressed_and_halts(
-    processes: Processes, reference_bundle: Path
+    processes: Processes, reference_bundle: Path, kind: str
 ) -> None:
     session = Session(processes, reference_bundle)
     processes.market("--rate", "600", "--seconds", "60")
-    engine = processes.ready(processes.python("-c", HANGS, "run", str(session.config), "--json"))
+    engine = processes.ready(
+        processes.python("-c", HANGS.replace("SESSION", kind), "run", str(session.config), "--json")
+    )
     status = session.until(lambda s: s["mode"] == "HALTED", "HALTED")
     assert status["halted_why"].startswith("hang_ns: 2,")
     assert status["suppressed"]["LATE"] == 1
