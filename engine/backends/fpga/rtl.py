@@ -20,17 +20,19 @@ One inference is under way at a time: the next input is taken when the answer is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from engine.backends.fpga.parallelism import choose_parallelism
 from engine.backends.fpga.rtl_circuit import Circuit
 from engine.backends.fpga.rtl_text import module, vector
-from engine.backends.fpga.rtl_value import Lanes, Parallelism
+from engine.backends.fpga.rtl_value import Lanes, Parallelism, Value
 from engine.backends.fpga.rtl_wiring import TOP
 from engine.backends.integer_graph import IntegerGraph
 
 OUT_BITS: Final = 32
+CODES_OF_A_COPY: Final = 16
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _top(circuit: Circuit) -> str:
         "input  logic clk",
         "input  logic rst",
         "input  logic in_valid",
-        "output logic in_ready",
+        "(* keep *) output logic in_ready",
         "input  logic in_reset",
         f"input  logic {vector(x.width)} in_data",
         "output logic out_valid",
@@ -110,9 +112,9 @@ def _top(circuit: Circuit) -> str:
         "    if (rst) begun <= 1'b0;",
         "    else if (accept) begun <= 1'b1;",
         "    start <= !rst && accept;",
-        f"    if (in_ready) {x.signal} <= in_data;",
         "    if (accept) fresh <= in_reset || !begun;",
         "  end",
+        *_taken(x),
         "",
         "  // ---- layers",
         *circuit.body,
@@ -144,3 +146,17 @@ def _top(circuit: Circuit) -> str:
         "  assign out_violations = violations;",
     ]
     return module(TOP, [f"Octick model {graph.where}"], ports, body)
+
+
+def _taken(x: Value) -> Iterator[str]:
+    """The input's registers: some share a copy of ``in_ready``, which would lie far from most."""
+    copies = -(-x.size // CODES_OF_A_COPY)
+    yield f"  (* keep *) logic {vector(copies)} in_open;"
+    yield "  always_ff @(posedge clk) begin"
+    for copy in range(copies):
+        yield f"    if (rst || deliver) in_open[{copy}] <= 1'b1;"
+        yield f"    else if (accept) in_open[{copy}] <= 1'b0;"
+        low, high = (min(n * CODES_OF_A_COPY, x.size) * x.bits for n in (copy, copy + 1))
+        part = f"[{high - 1}:{low}]"
+        yield f"    if (in_open[{copy}]) {x.signal}{part} <= in_data{part};"
+    yield "  end"

@@ -104,7 +104,12 @@ def synthesis_script(design: Design, target: Target, files: list[str]) -> str:
     if not target.estimate:
         synth = f"synth_ecp5 -nodsp -top {design.top}"
         made = [
-            f"{synth} -run begin:map_luts",
+            f"{synth} -run begin:coarse",
+            "proc",
+            "flatten",
+            # What is to stay a copy says so at its wire; merged are cells.
+            "setattr -set keep 1 w:* a:keep %i %ci1 t:$*dff* %i",
+            f"{synth} -run coarse:map_luts",
             "abc -lut 4:7 -dress",
             "clean",
             f"{synth} -run map_cells:check",
