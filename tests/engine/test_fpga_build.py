@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from engine.backends.fpga import netlist, toolchain
+from engine.backends.fpga import synthesis as synthesis_of
 from engine.backends.fpga.build import build_design
 from engine.backends.fpga.build_report import (
     BuildReport,
@@ -38,6 +39,8 @@ from engine.backends.fpga.rtl_value import Lanes, Parallelism
 from engine.backends.fpga.simulation import Circuit, Edge
 from engine.backends.fpga.synthesis import (
     FRAMED_JSON,
+    ROUTERS,
+    STALLED_AFTER_S,
     Routed,
     RouteProgress,
     Synthesis,
@@ -61,6 +64,7 @@ from tests.engine.integer_graphs import X_EXPONENT, X_ZERO, GraphBuilder
 
 FEATURES, HIDDEN, OUTPUTS = 6, 4, 2
 SEED = 3
+WRONG_CODE = 7
 
 
 def need(kind: ToolKind) -> Tool:
@@ -230,23 +234,60 @@ def test_the_netlist_is_its_rtl(
     verilator: None, synthesis: Synthesis, design: Design, yosys: Tool
 ) -> None:
     rng = np.random.default_rng(SEED)
-    codes = rng.integers(0, 256, (40, FEATURES)).astype(np.uint8)
-    circuit = netlist.netlist_circuit(design, synthesis, yosys)
-    compared = netlist.compare(design, circuit, codes, rng)
-    assert compared.answers == len(codes)
+    codes = netlist.vectors(40, FEATURES, rng)
+    rtl = Circuit(netlist.rtl_library(design), design)
+    circuit = Circuit(netlist.netlist_library(design, synthesis, yosys), design)
+    compared = netlist.compare(rtl, circuit, codes, rng, design.cycles)
+    assert compared[:1] + compared[2:] == (len(codes), 0, "")
     assert compared.cycles >= len(codes) * design.cycles
 
 
-def test_a_netlist_that_differs_in_one_bit_is_found(verilator: None, design: Design) -> None:
-    class Wrong(Circuit):
-        def cycle(self, codes: np.ndarray, **ports: bool) -> Edge:
-            edge = super().cycle(codes, **ports)
-            return edge._replace(out=edge.out ^ (1 if edge.out_valid else 0))
+class Wrong(Circuit):
+    """Outputs that are not what they should be."""
 
-    wrong = Wrong(netlist.rtl_library(design), design)
-    codes = np.zeros((2, FEATURES), dtype=np.uint8)
-    with pytest.raises(netlist.NetlistError, match="expected"):
-        netlist.compare(design, wrong, codes, np.random.default_rng(SEED))
+    def cycle(self, codes: np.ndarray, **ports: bool) -> Edge:
+        edge = super().cycle(codes, **ports)
+        return self.other(edge) if codes[0] == WRONG_CODE else edge
+
+    def other(self, edge: Edge) -> Edge:
+        return edge._replace(out=edge.out ^ 1)
+
+
+class Late(Wrong):
+    """Answers that do not come when they should."""
+
+    def other(self, edge: Edge) -> Edge:
+        return edge._replace(out_valid=False)
+
+
+def test_every_vector_that_differs_is_counted(verilator: None, design: Design) -> None:
+    found = compared_with(Wrong, design)
+    assert (found.vectors, found.differing) == (6, 2)
+    assert found.first
+    assert found.cycles >= 6 * design.cycles, "it went on behind the first"
+
+
+def test_a_netlist_out_of_step_differs_from_there_on(verilator: None, design: Design) -> None:
+    found = compared_with(Late, design)
+    assert (found.vectors, found.differing) == (6, 5)
+    assert found.first
+
+
+def compared_with(kind: type[Circuit], design: Design) -> netlist.Compared:
+    """Six vectors; the second and the fourth are answered while a wrong code is offered."""
+    codes = np.zeros((6, FEATURES), dtype=np.uint8)
+    codes[[2, 4], 0] = WRONG_CODE
+    library = netlist.rtl_library(design)
+    rtl, other = Circuit(library, design), kind(library, design)
+    return netlist.compare(rtl, other, codes, np.random.default_rng(SEED), design.cycles)
+
+
+def test_vectors_are_codes_of_all_sizes_and_extremes() -> None:
+    codes = netlist.vectors(400, FEATURES, np.random.default_rng(SEED))
+    extreme = np.isin(codes, (0, 255)).all(axis=1)
+    assert extreme.sum() >= 100
+    assert len(np.unique(codes)) > 200
+    assert len(np.unique(codes[extreme], axis=0)) > 16
 
 
 def test_the_frame_has_registers_at_every_port(
@@ -309,7 +350,7 @@ def routed(seed: int, mhz: float, delays: tuple[float, ...] = (0.5, 2.0, 1.5)) -
             {"from": "posedge clk", "to": "posedge clk", "path": path},
         ],
     }
-    return Routed(seed, report, 1.0)
+    return Routed(seed, report, 1.0, ROUTERS[0])
 
 
 def test_the_worst_seed_counts() -> None:
@@ -353,6 +394,64 @@ def test_progress_never_falls_and_follows_the_log() -> None:
     assert shares == sorted(shares)
     assert shares[0] == 0.0 < shares[1] < shares[2] < shares[3]
     assert shares[-1] == 1.0
+
+
+def test_progress_follows_the_other_routers_log_too() -> None:
+    following = RouteProgress()
+    log = [
+        "Info:   at iteration #10: temp = 0.000000, timing cost = 5, wirelen = 4",
+        "Info:     iter=1 wires=533326 overused=30751 overuse=37594 archfail=NA",
+        "Info:     iter=2 wires=544584 overused=942 overuse=1626 archfail=NA",
+        "Info:     iter=3 wires=556244 overused=0 overuse=0 archfail=0",
+    ]
+    shares = [following.share(line) for line in log]
+    assert shares == sorted(set(shares))
+    assert shares[-1] == 1.0
+
+
+def test_a_route_that_gets_no_further_is_noticed() -> None:
+    def row(left: int) -> str:
+        return f"Info:       1000 |      300        200 |  300   200 |      {left}|       0.1  0.1|"
+
+    following = RouteProgress()
+    assert not following.stalled(2 * STALLED_AFTER_S), "it does not route yet"
+    following.share(row(500))
+    assert not following.stalled(2 * STALLED_AFTER_S)
+    assert not following.stalled(3 * STALLED_AFTER_S - 1)
+    following.share(row(499))
+    assert not following.stalled(3 * STALLED_AFTER_S), "fewer than before"
+    following.share(row(502))
+    assert not following.stalled(4 * STALLED_AFTER_S)
+    assert following.stalled(4 * STALLED_AFTER_S + 1)
+
+
+def test_where_a_router_gets_no_further_the_other_one_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stand-in for nextpnr: router1 says what it has left and then searches on and on."""
+    program = tmp_path / "nextpnr"
+    program.write_text(
+        f"""#!{sys.executable}
+import sys
+given = dict(zip(sys.argv, sys.argv[1:]))
+print("Info:  1000 |  300  200 |  300  200 |  77|  0.1  0.1|", flush=True)
+while given["--router"] == "router1" and given["--seed"] == "2":
+    pass
+open(given["--report"], "w").write('{{"router": "' + given["--router"] + '"}}')
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(synthesis_of, "STALLED_AFTER_S", 0.5)
+    said: list[str] = []
+    tool = Tool("nextpnr-ecp5", program, "0")
+    found = synthesis_of.place_and_route(
+        tmp_path, tool, 8, [1, 2], 2, lambda share: None, said.append
+    )
+    assert [(one.seed, one.router) for one in found] == [(1, "router1"), (2, "router2")]
+    assert [one.report["router"] for one in found] == ["router1", "router2"]
+    (line,) = said
+    assert "seed 2" in line
+    assert "77" in line
 
 
 def test_a_small_design_is_placed_routed_and_timed(
@@ -401,6 +500,7 @@ def build(bundle: Bundle, design: Design, target: Target, folder: Path) -> Build
         seeds=[1],
         jobs=1,
         progress=lambda stage, share: None,
+        say=pytest.fail,
     )
 
 

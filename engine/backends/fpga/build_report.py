@@ -76,6 +76,33 @@ class SeedResult(msgspec.Struct, frozen=True):
     seed: int
     fmax_mhz: float
     seconds: float
+    router: str
+
+
+class NetlistCheck(msgspec.Struct, frozen=True):
+    """The netlist simulated beside the RTL that it was made from, cycle by cycle.
+
+    Attributes
+    ----------
+    vectors : int
+        Inputs, at random times, with random resets.
+    cycles : int
+        That both ran.
+    differing : int
+        Vectors whose answers are not the same bits.
+    first : str
+        The first cycle that differs, and how; empty where none does.
+    simulator : str
+    seconds : dict of str to float
+        Wall time of building the simulation, and of running it.
+    """
+
+    vectors: int
+    cycles: int
+    differing: int
+    first: str
+    simulator: str
+    seconds: dict[str, float]
 
 
 class BuildReport(msgspec.Struct, frozen=True):
@@ -83,6 +110,8 @@ class BuildReport(msgspec.Struct, frozen=True):
 
     Attributes
     ----------
+    date : str
+        When it was finished, UTC.
     bundle, model : str
         Folder, and hash of the model.
     target, device, package : str
@@ -100,6 +129,8 @@ class BuildReport(msgspec.Struct, frozen=True):
     aimed_mhz, fmax_mhz, latency_ns : float or None
         What nextpnr aimed at; the lowest of all seeds; cycles at it.
     critical_path : CriticalPath or None
+    netlist : NetlistCheck or None
+        None where it was not asked for.
     includes : str
         What is in the figures, and what is not.
     tools : dict of str to str
@@ -108,6 +139,7 @@ class BuildReport(msgspec.Struct, frozen=True):
         Wall time of each step.
     """
 
+    date: str
     bundle: str
     model: str
     target: str
@@ -124,6 +156,7 @@ class BuildReport(msgspec.Struct, frozen=True):
     fmax_mhz: float | None
     latency_ns: float | None
     critical_path: CriticalPath | None
+    netlist: NetlistCheck | None
     includes: str
     tools: dict[str, str]
     seconds: dict[str, float]
@@ -260,11 +293,13 @@ def lanes_text(lanes: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def included(target: Target) -> str:
+def included(target: Target, routed: Sequence[Routed]) -> str:
     """What the figures are of."""
     if target.estimate:
         return (
             "an estimate: synthesis alone, which takes a block for every multiplier; nothing is "
             "placed, routed or timed; I/O not included"
         )
+    if not routed:
+        return "synthesis alone: nothing is placed, routed or timed"
     return "placed, routed and timed from register to register; I/O not included"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TARGET_NAMES: Final = ("ecp5-85k", "ultrascale+")
 MAX_SEEDS: Final = 64
+NETLIST_VECTORS: Final = 5000
 
 
 def _lanes(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> Any:
@@ -69,16 +70,27 @@ def _parallelism(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--speed-grade", type=int, default=None, help="Of the part: 6, 7 or 8. [default: 6]")
 @click.option(
     "--seeds",
-    type=click.IntRange(1, MAX_SEEDS),
+    type=click.IntRange(0, MAX_SEEDS),
     default=3,
     show_default=True,
-    help="How often it is placed and routed; the worst counts.",
+    help="How often it is placed and routed; the worst counts. 0: synthesis alone.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(1, MAX_SEEDS),
     default=None,
     help="Seeds at once, up to 2 GB each. [default: one a core]",
+)
+@click.option(
+    "--check-netlist",
+    is_flag=True,
+    help="Simulate the netlist beside the RTL; exit code 1 where they differ.",
+)
+@click.option(
+    "--vectors",
+    type=click.IntRange(1),
+    default=None,
+    help="Inputs for --check-netlist. [default: 5000]",
 )
 @click.option(
     "--out",
@@ -93,6 +105,8 @@ def build(
     speed_grade: int | None,
     seeds: int,
     jobs: int | None,
+    check_netlist: bool,
+    vectors: int | None,
     out: Path | None,
     lanes: dict[str, tuple[int, int, int]],
     multipliers: int | None,
@@ -117,6 +131,10 @@ def build(
     elif speed_grade not in chosen.speed_grades:
         known = ", ".join(map(str, chosen.speed_grades)) or "none"
         raise click.BadParameter(f"{target} has speed grades: {known}", param_hint="--speed-grade")
+    if vectors is not None and not check_netlist:
+        raise click.UsageError("--vectors says how many inputs --check-netlist takes")
+    if check_netlist and chosen.estimate:
+        raise click.UsageError(f"--check-netlist has no models of the cells of {target}")
     loaded, design = _generated(bundle, lanes, multipliers, blocks)
     folder = out or Path("build") / "fpga" / f"{loaded.name}-{target}"
     with stages() as progress:
@@ -129,6 +147,8 @@ def build(
             seeds=list(range(1, seeds + 1)),
             jobs=jobs or allowed_cores(),
             progress=progress,
+            say=lambda line: click.echo(line, err=True),
+            check_vectors=(vectors or NETLIST_VECTORS) if check_netlist else 0,
         )
     encoded = msgspec.json.encode(report)
     (folder / "report.json").write_bytes(msgspec.json.format(encoded, indent=2))
@@ -136,6 +156,8 @@ def build(
         click.echo(encoded.decode())
     else:
         _print_report(report, folder)
+    if report.netlist is not None and report.netlist.differing:
+        click.get_current_context().exit(1)
 
 
 @click.command()
@@ -237,8 +259,18 @@ def _print_report(report: BuildReport, folder: Path) -> None:
     for name, text in report.lanes.items():
         console.print(f"{name}: {text}", markup=False)
     console.print(f"{report.cycles} cycles an inference")
+    if report.netlist is not None:
+        checked = report.netlist
+        console.print(
+            f"netlist beside RTL: {checked.differing:,} of {checked.vectors:,} vectors differ, "
+            f"{checked.cycles:,} cycles"
+        )
+        if checked.first:
+            console.print(checked.first, markup=False)
     for seed in report.seeds:
-        console.print(f"seed {seed.seed}: {seed.fmax_mhz:.1f} MHz, {seed.seconds:.0f} s")
+        console.print(
+            f"seed {seed.seed}: {seed.fmax_mhz:.1f} MHz, {seed.seconds:.0f} s, {seed.router}"
+        )
     if report.critical_path is not None:
         path = report.critical_path
         console.print(

@@ -12,11 +12,13 @@ Sources: Yosys manual, "synth_ecp5", "synth_xilinx"; ``nextpnr-ecp5 --help``.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,7 @@ from engine.backends.fpga.ecp5_multiplier import with_ecp5_multiplier
 from engine.backends.fpga.harness import FRAME, harness_text, ports_of
 from engine.backends.fpga.rtl import Design
 from engine.backends.fpga.targets import ECP5_85K, Target
-from engine.backends.fpga.toolchain import Tool, run_tool
+from engine.backends.fpga.toolchain import StalledError, Tool, run_tool
 
 NETLIST_JSON: Final = "netlist.json"
 NETLIST_VERILOG: Final = "netlist.v"
@@ -33,6 +35,9 @@ FRAMED_JSON: Final = "framed.json"
 AIM_MHZ: Final = 200.0
 HOLD: Final = "HOLD"  # see `engine.backends.fpga.rtl_library`
 BUILT_HOLD: Final = 0  # spares the wiring of enables
+ROUTERS: Final = ("router1", "router2")  # of nextpnr: what is tried first reaches more
+# router1 searches ever further for the last arcs; of those that ended, none took as long for fewer.
+STALLED_AFTER_S: Final = 900.0  # of CPU time
 # Shares of the time that place and route takes, by what nextpnr's log says.
 _PLACED: Final = 0.25
 _REFINED: Final = 0.55
@@ -71,11 +76,14 @@ class Routed:
     report : dict
         nextpnr's, with ``fmax``, ``utilization`` and ``critical_paths``.
     seconds : float
+    router : str
+        Of `ROUTERS`.
     """
 
     seed: int
     report: dict[str, Any]
     seconds: float
+    router: str
 
 
 def write_rtl(design: Design, target: Target | None, folder: Path) -> list[str]:
@@ -183,8 +191,11 @@ def place_and_route(
     seeds: list[int],
     jobs: int,
     on_progress: Progress,
+    say: Callable[[str], None],
 ) -> list[Routed]:
     """Place and route `FRAMED_JSON` with every seed.
+
+    Where a router gets no further, the next of `ROUTERS` begins anew.
 
     Parameters
     ----------
@@ -196,6 +207,8 @@ def place_and_route(
         At once. Each takes a core and up to 2 GB.
     on_progress : callable
         Called with the share done.
+    say : callable
+        Takes a line for the user.
 
     Raises
     ------
@@ -204,7 +217,7 @@ def place_and_route(
     """
     shares = dict.fromkeys(seeds, 0.0)
 
-    def one(seed: int) -> Routed:
+    def routed(seed: int, router: str, *, give_up: bool) -> dict[str, Any]:
         following = RouteProgress()
 
         def follow(line: str) -> None:
@@ -214,11 +227,26 @@ def place_and_route(
         report = f"report_{seed}.json"
         arguments = ["--85k", "--package", ECP5_85K.package, "--speed", str(speed_grade)]
         arguments += ["--json", FRAMED_JSON, "--freq", f"{AIM_MHZ:g}", "--seed", str(seed)]
-        arguments += ["--report", report, "--timing-allow-fail"]
+        arguments += ["--router", router, "--report", report, "--timing-allow-fail"]
+        watch = following.stalled if give_up else None
+        try:
+            run_tool(nextpnr, arguments, folder, f"route_{seed}.log", [report], follow, watch)
+        except StalledError:
+            raise StalledError(f"at its last {following.remaining} arcs") from None
+        found: dict[str, Any] = json.loads((folder / report).read_text())
+        return found
+
+    def one(seed: int) -> Routed:
         begun = time.perf_counter()
-        run_tool(nextpnr, arguments, folder, f"route_{seed}.log", [report], follow)
-        seconds = time.perf_counter() - begun
-        return Routed(seed, json.loads((folder / report).read_text()), seconds)
+        for router, other in pairwise(ROUTERS):
+            try:
+                report = routed(seed, router, give_up=True)
+            except StalledError as error:
+                say(f"seed {seed}: {router} got no further {error}; {other} begins anew")
+            else:
+                return Routed(seed, report, time.perf_counter() - begun, router)
+        report = routed(seed, ROUTERS[-1], give_up=False)
+        return Routed(seed, report, time.perf_counter() - begun, ROUTERS[-1])
 
     with ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(one, seed) for seed in seeds]
@@ -231,11 +259,20 @@ def place_and_route(
 
 
 class RouteProgress:
-    """How far one place and route is, from the lines of its log."""
+    """How far one place and route is, from the lines of its log.
+
+    Attributes
+    ----------
+    remaining : int or None
+        Arcs that router1 has left, or wires that router2 has given away twice; None before.
+    """
 
     def __init__(self) -> None:
         self._share = 0.0
-        self._arcs = 0
+        self._most = 0
+        self.remaining: int | None = None
+        self._least: int | None = None
+        self._fell_at_s = 0.0
 
     def share(self, line: str) -> float:
         """The share done after a line; it never falls."""
@@ -245,7 +282,25 @@ class RouteProgress:
         elif refining := re.match(r"Info:\s+at iteration #(\d+): temp", line):
             found = _PLACED + (_REFINED - _PLACED) * min(1.0, int(refining[1]) / 25)
         elif routing := re.match(r"Info:\s+\d+ \|\s+\d+\s+\d+ \|\s+\d+\s+\d+ \|\s+(\d+)\|", line):
-            self._arcs = max(self._arcs, int(routing[1]))
-            found = _REFINED + (1.0 - _REFINED) * (1.0 - int(routing[1]) / max(1, self._arcs))
+            left = self._left(int(routing[1]))
+            found = _REFINED + (1.0 - _REFINED) * (1.0 - left / max(1, self._most))
+        elif routing := re.match(r"Info:\s+iter=\d+ wires=\d+ overused=(\d+)", line):
+            # It falls by a like share each time.
+            left = self._left(int(routing[1]))
+            found = _REFINED + (1.0 - _REFINED) * (1.0 - math.log1p(left) / math.log1p(self._most))
         self._share = max(self._share, found)
         return self._share
+
+    def _left(self, remaining: int) -> int:
+        self._most = max(self._most, remaining, 1)
+        self.remaining = remaining
+        return remaining
+
+    def stalled(self, cpu_s: float) -> bool:
+        """Whether a router has had `STALLED_AFTER_S` of CPU time with no fewer left than before."""
+        left = self.remaining
+        if left is None:
+            return False
+        if self._least is None or left < self._least:
+            self._least, self._fell_at_s = left, cpu_s
+        return cpu_s - self._fell_at_s > STALLED_AFTER_S

