@@ -178,7 +178,7 @@ class LoopConfig(_Section, frozen=True):
 
     busy_poll: bool = False
     spin_ns: Duration = 200_000
-    wait_ns: Annotated[int, Meta(ge=100_000, le=1_000_000_000)] = 10_000_000
+    wait_ns: Annotated[int, Meta(ge=100_000, le=1_000_000_000)] = 25_000_000
     core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     uvloop: bool = True
 

@@ -234,8 +234,10 @@ class Daemon:
             why = link.take(recorder, None if shadow is None else shadow.handles)
             if why == live.NOTHING_WAITS:
                 oversight.look()
+                recorder.touch_ahead()
                 return may_sleep
             if why == live.TURN_ENDED:
+                recorder.touch_ahead()
                 return False
             if why == live.SIGNAL_DUE:
                 self._send_due()

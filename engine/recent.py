@@ -73,9 +73,11 @@ class Recent:
 
     def __init__(self, n_instruments: int, n_features: int, n_outputs: int) -> None:
         rows = min(max(MIN_ROWS, ROWS_AN_INSTRUMENT * n_instruments), MAX_ROWS)
-        self.about = np.zeros((rows, ABOUT), dtype=np.int64)
-        self.vectors = np.zeros((rows, n_features))
-        self.outputs = np.zeros((rows, n_outputs), dtype=np.float32)
+        # Filled, and not just asked for: the system gives a page when it is first written to, which
+        # takes as long as three inferences.
+        self.about = np.full((rows, ABOUT), 0, dtype=np.int64)
+        self.vectors = np.full((rows, n_features), 0.0)
+        self.outputs = np.full((rows, n_outputs), 0.0, dtype=np.float32)
 
     def find(self, ticket: int) -> Row | None:
         """An inference by its ticket; None where it is not kept any more."""

@@ -35,6 +35,10 @@ class Recorder(Protocol):
         """Append one record."""
         ...
 
+    def touch_ahead(self) -> None:
+        """Touch the memory that is written next, where nobody waits."""
+        ...
+
     def close(self) -> None:
         """Finish; nothing may be appended afterwards."""
         ...
@@ -50,7 +54,7 @@ class ScratchTape:
     """
 
     def __init__(self, size: int = SCRATCH_BYTES) -> None:
-        self.arena = np.zeros(size, dtype=np.uint8)
+        self.arena = np.full(size, 0, dtype=np.uint8)  # and not np.zeros, which has no pages yet
         self.position = 0
         self.records = 0
 
@@ -65,6 +69,9 @@ class ScratchTape:
         """Take over records written in place."""
         self.position = position
         self.records += records
+
+    def touch_ahead(self) -> None:
+        """Nothing to touch: all of it is there from the start."""
 
     def append(self, kind: int, recv_ns: int, payload: bytes | memoryview) -> int:
         """Append one record; returns its offset in the ring."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from feeds import codec, tape, wire
 from feeds.errors import InputError
 from feeds.tape import InstrumentMeta, TapeMeta
 from feeds.tape_reader import TapeReader
-from feeds.tape_writer import TapeWriter
+from feeds.tape_writer import TOUCH_BYTES, TapeWriter
 
 META = TapeMeta(
     created_ns=1_700_000_000_000_000_000,
@@ -91,6 +92,25 @@ def test_windows_move_along_the_file(tmp_path: Path) -> None:
     assert [body for _, _, body in read(path)] == bodies
     large = write(tmp_path / "b.tape", bodies)
     assert path.read_bytes() == large.read_bytes()
+
+
+def test_what_is_written_next_is_touched_and_nothing_that_was_written(tmp_path: Path) -> None:
+    bodies = [bytes([1 + i % 251]) * (i * 37 % 1500) for i in range(1_500)]
+    touching = tmp_path / "a.tape"
+    with TapeWriter(touching, META, window_bytes=TOUCH_BYTES) as writer:
+        for i, body in enumerate(bodies):
+            writer.append(tape.MARKET, 10 * i + 1, body)
+            writer.touch_ahead()
+            pages = _faults()
+            end = min(writer.position + TOUCH_BYTES // 4, len(writer.arena))
+            writer.arena[writer.position : end : PAGE] = 0
+            assert _faults() - pages < 4, "there already"
+    plain = write(tmp_path / "b.tape", bodies)
+    assert touching.read_bytes() == plain.read_bytes()
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def test_native_code_writes_the_same_records(tmp_path: Path) -> None:
