@@ -83,6 +83,7 @@ class LatencyBench(msgspec.Struct, frozen=True):
     seconds: float
     busy_poll: bool
     core: int
+    io_core: int
     shadow_every: int
     totals: list[dict[str, Any]]
     machine: dict[str, str | int]
@@ -102,6 +103,7 @@ def bench_latency(
     backend: str = "compiled",
     busy_poll: bool = False,
     core: int = -1,
+    io_core: int = -1,
     shadow_every: int = SHADOW_EVERY,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> LatencyBench:
@@ -121,8 +123,8 @@ def bench_latency(
         What answers.
     busy_poll : bool
         Let the engine never sleep.
-    core : int
-        That the engine's hot path keeps to; -1 leaves it to the system.
+    core, io_core : int
+        That the engine's hot path and its ZeroMQ threads keep to; see `engine.config.LoopConfig`.
     shadow_every : int
         Of how many inferences the shadow answers one; 0 for no shadow.
     progress : callable
@@ -134,7 +136,7 @@ def bench_latency(
         If the tape or the bundle cannot be used, or a process does not start.
     """
     cells, totals = [], []
-    sections = f"[loop]\nbusy_poll = {str(busy_poll).lower()}\ncore = {core}\n"
+    sections = f"[loop]\nbusy_poll = {str(busy_poll).lower()}\ncore = {core}\nio_core = {io_core}\n"
     progress("preparing the tape")
     with source_tape(path) as (source, name):
         arrivals = arrivals_of(source)
@@ -184,6 +186,7 @@ def bench_latency(
         seconds=seconds,
         busy_poll=busy_poll,
         core=core,
+        io_core=io_core,
         shadow_every=shadow_every,
         totals=totals,
         **provenance(),

@@ -69,6 +69,13 @@ def _tell(
     help="That the engine's hot path keeps to; -1: the system's choice.",
 )
 @click.option(
+    "--io-core",
+    type=click.IntRange(-1),
+    default=-1,
+    show_default=True,
+    help="With --core: that the engine's ZeroMQ threads keep to; -1: any other.",
+)
+@click.option(
     "--shadow-every",
     type=click.IntRange(0),
     default=10,
@@ -86,6 +93,7 @@ def latency(
     backend: str,
     busy_poll: bool,
     core: int,
+    io_core: int,
     shadow_every: int,
     as_json: bool,
 ) -> None:
@@ -109,6 +117,7 @@ def latency(
         backend=backend,
         busy_poll=busy_poll,
         core=core,
+        io_core=io_core,
         shadow_every=shadow_every,
     )
 

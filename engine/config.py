@@ -173,13 +173,15 @@ class LoopConfig(_Section, frozen=True):
     Where nothing happens the hot path sleeps for ``wait_ns`` at most, by which the loop's timers
     may be late. ``busy_poll`` never sleeps: it looks for messages for ``spin_ns`` before it lets
     anything else have its turn. ``core`` is the core that the hot path keeps to, and that nothing
-    else of the engine uses (where it sleeps, ZeroMQ's threads do); -1 leaves it to the system.
+    else of the engine uses; -1 leaves it to the system. With it, ``io_core`` is the core of
+    ZeroMQ's threads: the same one is soonest where messages are few, -1 is any other.
     """
 
     busy_poll: bool = False
     spin_ns: Duration = 200_000
     wait_ns: Annotated[int, Meta(ge=100_000, le=1_000_000_000)] = 25_000_000
     core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
+    io_core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     uvloop: bool = True
 
 

@@ -4,10 +4,10 @@ With a core of its own, the thread of the event loop keeps to that; every other 
 process and every process that it starts keeps off it. What else runs on the machine is the
 operator's to keep away, with ``isolcpus`` or a cpuset.
 
-ZeroMQ's threads are the exception where the hot path sleeps: they have work when it has none. To
-wake a thread on a core that sleeps takes an interrupt from one core to the other (a virtual one has
-to be entered again as well); on its own core it takes a place in a queue, and what one has just
-written is in the caches of the other. A hot path that never sleeps lets nobody else run there.
+ZeroMQ's threads may be given a core too, and it may be the same one: they have work when the hot
+path sleeps. To wake a thread on a core that sleeps takes an interrupt from one core to the other (a
+virtual one has to be entered again as well); on its own core it takes a place in a queue, and what
+one has just written is in the caches of the other. Under full load two cores carry more.
 
 On any core, the hot path asks for short time slices: woken up, it is let in at once, and what it
 wakes in turn (ZeroMQ's thread, by sending) does not take the core from it before it is done.
@@ -60,29 +60,30 @@ def _short_slices(policy: int) -> bool:
     return bool(libc.syscall(number, 0, attributes, 0) == 0)
 
 
-def keep_to(core: int, *, with_zeromq: bool) -> None:
+def keep_to(core: int, io_core: int = -1) -> None:
     """Let this thread have a core, and let the others leave it.
 
     Parameters
     ----------
     core : int
-    with_zeromq : bool
-        ZeroMQ's threads keep to the core as well.
+    io_core : int
+        That ZeroMQ's threads keep to, the same or another; -1: any other.
 
     Raises
     ------
     InputError
-        If this process may not use the core.
+        If this process may not use a core.
     """
     global _allowed
     before = os.sched_getaffinity(0)
-    if core not in before:
-        raise InputError(
-            "a core that this process may not use",
-            where="config key 'loop.core'",
-            expected="one of " + ", ".join(str(number) for number in sorted(before)),
-            found=str(core),
-        )
+    for key, number in (("core", core), ("io_core", io_core)):
+        if number not in before and (key, number) != ("io_core", -1):
+            raise InputError(
+                "a core that this process may not use",
+                where=f"config key 'loop.{key}'",
+                expected="one of " + ", ".join(str(number) for number in sorted(before)),
+                found=str(number),
+            )
     _allowed = before
     others = before - {core} or before
     own = os.getpid()
@@ -90,8 +91,9 @@ def keep_to(core: int, *, with_zeromq: bool) -> None:
         if int(thread.name) == own:
             continue
         with suppress(ProcessLookupError, FileNotFoundError):
-            stays = with_zeromq and (thread / "comm").read_text().startswith(ZEROMQ_NAME)
-            os.sched_setaffinity(int(thread.name), {core} if stays else others)
+            of_zeromq = (thread / "comm").read_text().startswith(ZEROMQ_NAME)
+            own_core = {io_core} if of_zeromq and io_core >= 0 else others
+            os.sched_setaffinity(int(thread.name), own_core)
     os.sched_setaffinity(0, {core})
 
 

@@ -401,7 +401,7 @@ class Daemon:
         loop.add_signal_handler(os_signal.SIGUSR1, self.oversight.halt, "signal", "SIGUSR1")
         cores.be_prompt()
         if self.config.loop.core >= 0:
-            cores.keep_to(self.config.loop.core, with_zeromq=not self.config.loop.busy_poll)
+            cores.keep_to(self.config.loop.core, self.config.loop.io_core)
         gc.collect()
         gc.freeze()
         gc.disable()

@@ -37,7 +37,7 @@ allowed = os.sched_getaffinity(0)
 core = max(allowed)
 while len(list(of_zeromq())) < 2:  # a thread gives itself its name
     pass
-cores.keep_to(core, with_zeromq=WITH)
+cores.keep_to(core, core if WITH else -1)
 zeromq = list(of_zeromq())
 own = sorted(os.sched_getaffinity(0))
 others = sorted(os.sched_getaffinity(other[0]))
@@ -53,11 +53,11 @@ context.term()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-@pytest.mark.parametrize("with_zeromq", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 def test_this_thread_has_the_core_and_threads_and_children_have_the_others(
-    with_zeromq: bool,
+    shared: bool,
 ) -> None:
-    program = PROGRAM.replace("WITH", str(with_zeromq))
+    program = PROGRAM.replace("WITH", str(shared))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -68,10 +68,12 @@ def test_this_thread_has_the_core_and_threads_and_children_have_the_others(
     assert child == rest
     assert after == allowed
     assert zeromq
-    assert all(found == ([core] if with_zeromq else rest) for found in zeromq)
+    assert all(found == ([core] if shared else rest) for found in zeromq)
 
 
 def test_a_core_that_is_not_ours_is_refused() -> None:
     with pytest.raises(InputError, match=r"loop\.core"):
-        cores.keep_to(4_000, with_zeromq=True)
+        cores.keep_to(4_000)
+    with pytest.raises(InputError, match=r"loop\.io_core"):
+        cores.keep_to(min(os.sched_getaffinity(0)), 4_000)
     assert cores.beside() == []
