@@ -19,7 +19,7 @@ from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.recorded_peak import SECOND_NS, TEN_MS_NS, busiest
 from benchmarks.schedules import arrivals_of, in_ticks
 from benchmarks.source_tape import source_tape
-from benchmarks.wire_setup import ENGINE, Wired, wired
+from benchmarks.wire_setup import ENGINE, SHADOW_EVERY, Wired, wired
 from engine.jitter import measure_jitter
 from engine.pipeline import Pipeline
 from feeds import tape, wire
@@ -82,6 +82,7 @@ class OverloadBench(msgspec.Struct, frozen=True):
     source: str
     backend: str
     trigger: str
+    shadow_every: int
     machine: dict[str, str | int]
     versions: dict[str, str]
     commit: str
@@ -96,6 +97,7 @@ def bench_overload(
     model: Path = REFERENCE,
     backend: str = "compiled",
     trigger: str = "top-of-book",
+    shadow_every: int = SHADOW_EVERY,
     max_lag_ms: float = MAX_LAG_MS,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> OverloadBench:
@@ -112,6 +114,8 @@ def bench_overload(
         What answers.
     trigger : str
         ``top-of-book`` or ``events``.
+    shadow_every : int
+        Of how many inferences the shadow answers one; 0 for no shadow.
     max_lag_ms : float
         That ``ok`` allows.
     progress : callable
@@ -129,7 +133,7 @@ def bench_overload(
         schedule = in_ticks(offered, seconds)
         jitter = measure_jitter(JITTER_S)
         progress("starting the engine")
-        with wired("ipc", source, model, backend, trigger=trigger) as on:
+        with wired("ipc", source, model, backend, trigger=trigger, shadow_every=shadow_every) as on:
             progress(f"{offered:,} messages/s for {seconds:g} s")
             before_s = on.cpu_seconds()
             turn = on.send(ENGINE, schedule, stamp_due=False)
@@ -150,7 +154,7 @@ def bench_overload(
     taken_s = float(received[-1] - received[0]) / 1e9
     ok = lost == 0 and totals["gaps"] == 0 and books_equal
     return OverloadBench(
-        ok=ok and longest <= max_lag_ms and recovery_ms <= MAX_RECOVERY_MS,
+        ok=bool(ok and longest <= max_lag_ms and recovery_ms <= MAX_RECOVERY_MS),
         messages=len(received),
         seconds=seconds,
         offered_per_s=float(offered),
@@ -173,6 +177,7 @@ def bench_overload(
         source=name,
         backend=backend,
         trigger=trigger,
+        shadow_every=shadow_every,
         **provenance(),
     )
 
@@ -227,7 +232,10 @@ def show(result: OverloadBench) -> None:
             f"max {result.lag_max_ms:.2f} ms (told: {result.told_lag_max_ms:.2f} ms)",
         ),
         ("recovery", f"{result.recovery_ms:.2f} ms after the last message"),
-        ("signals", f"{result.signals:,} ({result.trigger}, {result.backend})"),
+        (
+            "signals",
+            f"{result.signals:,} ({result.trigger}, {result.backend}, shadow on 1 in {result.shadow_every})",
+        ),
         ("conflated", f"{result.conflations:,} times"),
         (
             "sender late, host jitter",

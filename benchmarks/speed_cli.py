@@ -16,6 +16,13 @@ _SHARED = (
         "--model", type=click.Path(path_type=Path), help="Bundle; default: the reference."
     ),
     click.option("--backend", default="compiled", show_default=True, help="What runs the model."),
+    click.option(
+        "--shadow-every",
+        type=click.IntRange(0),
+        default=10,
+        show_default=True,
+        help="Of how many inferences the shadow answers one; 0: none.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
 )
 
@@ -74,13 +81,6 @@ def _tell(
     default=-1,
     show_default=True,
     help="With --core: that the engine's ZeroMQ threads keep to; -1: any other.",
-)
-@click.option(
-    "--shadow-every",
-    type=click.IntRange(0),
-    default=10,
-    show_default=True,
-    help="Of how many inferences the shadow answers one; 0: none.",
 )
 @_shared
 def latency(
@@ -146,6 +146,7 @@ def overload(
     max_lag_ms: float,
     model: Path | None,
     backend: str,
+    shadow_every: int,
     as_json: bool,
 ) -> None:
     """More messages than usual for a while, and then nothing: lag, losses, recovery, the book.
@@ -165,6 +166,7 @@ def overload(
         model=model or REFERENCE,
         backend=backend,
         trigger=trigger,
+        shadow_every=shadow_every,
         max_lag_ms=max_lag_ms,
     )
     sys.exit(0 if result.ok else 1)

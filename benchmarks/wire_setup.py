@@ -33,6 +33,7 @@ REST_S: Final = 0.3  # between turns, so that each signal belongs to one
 NO_MOVES: Final = (
     "[failover]\nviolations = 0\ninput_violations = 0\ndivergences = 0\ndisagreement_rate = 0.0\n"
 )
+SHADOW_EVERY: Final = 10  # inferences
 ENGINE: Final = 0
 ECHO: Final = 1
 
@@ -165,7 +166,7 @@ def wired(
     backend: str,
     *,
     trigger: str = "events",
-    shadow_every: int = 1,
+    shadow_every: int = SHADOW_EVERY,
     sections: str = "",
 ) -> Iterator[Wired]:
     """Start all processes.

@@ -22,7 +22,7 @@ from feeds.tape import (
 )
 
 WINDOW_BYTES: Final = 1 << 25
-TOUCH_BYTES: Final = 1 << 19  # of a window that are touched at a time
+TOUCH_BYTES: Final = 1 << 17  # of a window that are touched at a time: at worst, two milliseconds
 
 
 class TapeWriter:
