@@ -234,7 +234,11 @@ def show(result: OverloadBench) -> None:
         ("recovery", f"{result.recovery_ms:.2f} ms after the last message"),
         (
             "signals",
-            f"{result.signals:,} ({result.trigger}, {result.backend}, shadow on 1 in {result.shadow_every})",
+            (
+                "signals",
+                f"{result.signals:,} ({result.trigger}, {result.backend}, "
+                f"shadow on 1 in {result.shadow_every})",
+            ),
         ),
         ("conflated", f"{result.conflations:,} times"),
         (
