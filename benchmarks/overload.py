@@ -234,11 +234,8 @@ def show(result: OverloadBench) -> None:
         ("recovery", f"{result.recovery_ms:.2f} ms after the last message"),
         (
             "signals",
-            (
-                "signals",
-                f"{result.signals:,} ({result.trigger}, {result.backend}, "
-                f"shadow on 1 in {result.shadow_every})",
-            ),
+            f"{result.signals:,} ({result.trigger}, {result.backend}, "
+            f"shadow on 1 in {result.shadow_every})",
         ),
         ("conflated", f"{result.conflations:,} times"),
         (
