@@ -121,6 +121,10 @@ class Daemon:
                 notice=notice,
             )
             self.account.shadow = self.oversight.shadow
+            self._wait_ns = min(config.loop.wait_ns, self.oversight.patience_ns)
+            if config.overload.conflate_after_ns:
+                # What comes after a sleep may seem to have waited for as long.
+                self._wait_ns = min(self._wait_ns, config.overload.conflate_after_ns // 2)
         except InputError:
             self.close()
             raise
@@ -227,7 +231,7 @@ class Daemon:
             time.monotonic_ns(),
             self.config.limits,
             spin_ns=loop.spin_ns if loop.busy_poll else 0,
-            wait_ns=min(loop.wait_ns, oversight.patience_ns) if may_sleep else 0,
+            wait_ns=self._wait_ns if may_sleep else 0,
             look_ns=oversight.look_ns,
         )
         while True:
