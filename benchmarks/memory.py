@@ -19,7 +19,7 @@ from feeds.simulator import Simulator
 from replay.session import replay_tapes
 
 SEED: Final = 9
-SAMPLE_S: Final = 0.5
+SAMPLE_S: Final = 0.1
 SETTLED_SHARE: Final = 0.1  # of the samples, at the start: buffers and the model are taken in
 
 
