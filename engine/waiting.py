@@ -1,4 +1,4 @@
-# Hot path: the free @njit intrinsic `wait_for`.
+# Hot path: the intrinsic `wait_for`, which a kernel sleeps by.
 """Waiting for a message without going back to the event loop.
 
 What an event loop waits by is a descriptor itself (epoll's), and that can be waited for like any

@@ -1,7 +1,8 @@
 """The reference backend: ONNX Runtime with one execution provider.
 
 The CPU provider is tuned for one small model a tick: one intra-op thread, no spinning, both
-buffers bound once, so that a call does no more than the graph's own work. On x86 without VNNI
+buffers bound once, so that a call does no more than the graph's own work; where the package brings
+ONNX Runtime's C functions, a kernel makes it (`engine.backends.onnx_native`). On x86 without VNNI
 ``session.x64quantprecision=1`` makes ONNX Runtime use the integer product that cannot saturate
 its 16-bit intermediate sums; without it an exact model would not be exact. What a model with state
 remembers is kept in `engine.backends.onnx_streams`.
@@ -90,8 +91,8 @@ class OnnxBackend:
     Parameters
     ----------
     opened : Opened or OrtSession
-        Of the model, or of the model with taps where a value check stands beside it. The latter a
-        kernel can run as well.
+        Of the model, or of the model with taps where a value check stands beside it; an
+        `OrtSession` a kernel can run as well.
     bundle : Bundle
     info : BackendInfo
     beside : (bytes, dict of str to str), optional
