@@ -2,9 +2,10 @@
 """From tape records to signals without Python in between, where a kernel can run the model.
 
 `serve` is `engine.advance.advance` and all of `Pipeline.answer` in one loop: it goes on from signal
-to signal until one needs what only Python can do (a trust event, a rule over a violation, a model
-on another device), or there is no more room for signals. The same functions are called in
-the same order, so that the bytes are those of `Pipeline.answer`.
+to signal until one needs what only Python can do (a rule over a violation, a model on another
+device, a trust event that is more than an answer of the shadow that agrees), or there is no more
+room for signals. The same functions are called in the same order, so that the bytes are those of
+`Pipeline.answer`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ import numpy as np
 from numba import carray, njit
 
 from engine import signals, trust
-from engine.advance import FIRED_SLOT, RELEASE_SLOT, STREAM_RESET, advance
+from engine.advance import (
+    EVENT_AT,
+    EVENT_BYTES,
+    EVENT_DUE,
+    FIRED_SLOT,
+    NOTHING_DUE,
+    RELEASE_SLOT,
+    STREAM_RESET,
+    advance,
+)
+from engine.agreement import take_agreeing
 from engine.backends.native_call import (
     ARENA,
     FRESH,
@@ -27,7 +38,8 @@ from engine.backends.native_call import (
     copy_bytes,
     run_step,
 )
-from engine.handles import pointer
+from engine.controls import DIVERGENCE
+from engine.handles import FIELDS, pointer
 from engine.recent import remember
 from feeds.inner import inner
 from feeds.monotonic import monotonic_ns
@@ -48,10 +60,27 @@ JUDGE: Final = 11  # reasons of the last one, where the rules are to see it; els
 NEW_STREAM: Final = 12  # 1 = the model's stream began anew with the last inference
 LATE_NS: Final = 13  # what the last inference took, where that is over its budget
 NATIVE: Final = 14  # 1 = a kernel can run the model; else a signal that is due is left to Python
-SUPPRESSED: Final = 15  # and behind it: how many had each of 16 reasons
+FOLLOW: Final = 15  # 1 = trust events are this run's own; else they are left to be passed over
+SUPPRESSED: Final = 16  # and behind it: how many had each of 16 reasons
 ROUND_FIELDS: Final = SUPPRESSED + 16
 
-STATES_HANDLE: Final = 30  # the model's states, among the handles of `serve`
+# The arrays that `serve` finds by their handles, in this order.
+ARRAYS: Final = (
+    *("keys", "ids", "sync_rows", "held", "windows", "fars", "tops", "depths", "flow", "fis"),
+    *("ffs", "tracks", "shared", "params", "facts", "vector", "norm", "seen", "x", "x_bytes"),
+    *("messages", "outputs", "guards", "scores", "limits_i", "limits_f", "about", "vectors"),
+    *("outs", "native", "states", "round", "out", "tally", "diverged", "disagreed"),
+)
+
+
+def handle_of(name: str) -> int:
+    """Which of `ARRAYS` an array is."""
+    return ARRAYS.index(name)
+
+
+def place_of(name: str) -> int:
+    """Where among the handles an array's address stands; its shape stands behind."""
+    return FIELDS * handle_of(name)
 
 
 @inner(
@@ -61,12 +90,13 @@ STATES_HANDLE: Final = 30  # the model's states, among the handles of `serve`
     " float64[:,::1], float64, float32[:,:,::1], float32[:,::1], uint8[::1],"
     " uint8[:,::1], float32[::1], int64[:,::1], float32[:,:,::1], int64[::1], float64[::1],"
     " int64[:,::1], float64[:,::1], float32[:,::1], int64[::1], int64[::1], int64[::1],"
-    " uint8[::1])"
+    " uint8[::1], int64[::1], uint8[::1], uint8[::1])"
 )
 def _serve(  # type: ignore[no-untyped-def]
     buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs, tracks,
     shared, params, facts, vector, norm, clip, seen, x, x_bytes, messages, outputs, guards, scores,
-    limits_i, limits_f, about, vectors, outs, native, states, round, out,
+    limits_i, limits_f, about, vectors, outs, native, states, round, out, tally, diverged,
+    disagreed,
 ):  # fmt: skip
     """Consume whole tape records of ``buf[at:stop]`` and write every signal that they make due.
 
@@ -86,6 +116,8 @@ def _serve(  # type: ignore[no-untyped-def]
     round : ndarray of int64, shape (ROUND_FIELDS,)
     out : ndarray of uint8
         Signals, one behind the other.
+    tally, diverged, disagreed : ndarray
+        See `engine.agreement`.
 
     Returns
     -------
@@ -107,6 +139,13 @@ def _serve(  # type: ignore[no-untyped-def]
             tracks, shared, params, facts, vector, norm, clip, seen, x, x_bytes,
         )  # fmt: skip
         slot = shared[FIRED_SLOT]
+        if slot == EVENT_DUE and round[FOLLOW] == 1:
+            if take_agreeing(
+                buf, shared[EVENT_AT], shared[EVENT_BYTES], about, outs, limits_f[DIVERGENCE],
+                tally, diverged, disagreed,
+            ):  # fmt: skip
+                shared[FIRED_SLOT] = NOTHING_DUE
+                continue
         if slot < 0 or round[NATIVE] == 0:
             return at
         mask = np.int64(0)
@@ -161,8 +200,7 @@ def serve(h, buf, at, stop, clip, room):  # type: ignore[no-untyped-def]
     Parameters
     ----------
     h : ndarray of int64
-        Handles of all other arrays, in the order in which `_serve` takes them; see
-        `engine.handles`.
+        Handles of `ARRAYS`; see `engine.handles`.
     buf : ndarray of uint8
     at, stop : int
     clip : float
@@ -208,10 +246,14 @@ def serve(h, buf, at, stop, clip, room):  # type: ignore[no-untyped-def]
     states = carray(pointer(h[150], np.int64), (h[151],))
     round = carray(pointer(h[155], np.int64), (h[156],))
     out = carray(pointer(h[160], np.uint8), (room,))
+    tally = carray(pointer(h[165], np.int64), (h[166],))
+    diverged = carray(pointer(h[170], np.uint8), (h[171],))
+    disagreed = carray(pointer(h[175], np.uint8), (h[176],))
     return _serve(
         buf, at, stop, keys, ids, sync_rows, held, windows, fars, tops, depths, flow, fis, ffs,
         tracks, shared, params, facts, vector, norm, clip, seen, x, x_bytes, messages, outputs,
         guards, scores, limits_i, limits_f, about, vectors, outs, native, states, round, out,
+        tally, diverged, disagreed,
     )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ STUCK_OUTPUTS: Final = 2
 LIMITS_I: Final = 3
 COLLAR_SCORE: Final = 0
 COLLAR_CHANGE: Final = 1
-LIMITS_F: Final = 2
+DIVERGENCE: Final = 2  # of the failover: scores further apart from FP32's diverge
+LIMITS_F: Final = 3
 
 # Columns of an instrument's guard, int64.
 CREDIT_NS: Final = 0  # of the throttle: a signal costs a second's share of it
@@ -80,7 +81,9 @@ def limits(controls: ControlsConfig, failover: FailoverConfig) -> tuple[np.ndarr
     whole[MAX_A_SECOND] = controls.max_signals_per_s
     whole[MAX_REPEATS] = controls.max_repeats
     whole[STUCK_OUTPUTS] = failover.stuck_outputs
-    real = np.array([controls.collar_score, controls.collar_change], dtype=np.float64)
+    real = np.zeros(LIMITS_F, dtype=np.float64)
+    real[COLLAR_SCORE], real[COLLAR_CHANGE] = controls.collar_score, controls.collar_change
+    real[DIVERGENCE] = failover.divergence
     return whole, real
 
 

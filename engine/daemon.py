@@ -245,6 +245,8 @@ class Daemon:
                 return False
             if why == live.SIGNAL_DUE:
                 self._send_due()
+            elif why == live.EVENT_TAKEN:
+                self._tell_moved()
             elif why != live.WINDOW_FULL:
                 self._conflate(why == live.BEHIND)
 
@@ -319,8 +321,7 @@ class Daemon:
         if self._recorder is None:
             return  # before the tape is open, or after it was closed
         self._take(kind, self.now_ns(), payload)
-        if self.pipeline.trust.moves or self.pipeline.trust.notes or self.pipeline.trust.retired:
-            self._tell_moves()
+        self._tell_moved()
 
     def _take(self, kind: int, recv_ns: int, payload: bytes) -> None:
         """Record one event that did not come through `_drain`, and advance over it."""
@@ -333,6 +334,12 @@ class Daemon:
         self._step(arena, end - length, end, recv_ns)
 
     # Beside it.
+
+    def _tell_moved(self) -> None:
+        """Tell what an event has moved; cheap where it is nothing."""
+        trust = self.pipeline.trust
+        if trust.moves or trust.notes or trust.retired:
+            self._tell_moves()
 
     def _tell_moves(self) -> None:
         self.oversight.report()

@@ -27,6 +27,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from engine.agreement import Tally
 from engine.trust import (
     MODE_FP32,
     MODE_HALTED,
@@ -35,7 +36,6 @@ from engine.trust import (
     SHADOW_AGREEING,
     SHADOW_DIVERGED,
     SHADOW_LOST,
-    SHADOW_OFF,
 )
 
 MAX_BACKOFF: Final = 64
@@ -122,33 +122,6 @@ class Transition(NamedTuple):
         return f"{MODES[self.before]} -> {MODES[self.after]}{who}: {self.rule}: {self.detail}"
 
 
-class _Rate:
-    """How many of the last ``size`` answers counted; exact, in memory of ``size`` bits."""
-
-    def __init__(self, size: int) -> None:
-        self._marks: deque[bool] = deque(maxlen=size)
-        self.count = 0
-
-    def add(self, mark: bool) -> None:
-        marks = self._marks
-        if len(marks) == marks.maxlen:
-            self.count -= marks[0]
-        marks.append(mark)
-        self.count += mark
-
-    @property
-    def seen(self) -> int:
-        return len(self._marks)
-
-    @property
-    def full(self) -> bool:
-        return len(self._marks) == self._marks.maxlen
-
-    def clear(self) -> None:
-        self._marks.clear()
-        self.count = 0
-
-
 class Failover:
     """The state machine; one for the whole engine, as all instruments share the model.
 
@@ -163,8 +136,8 @@ class Failover:
     ----------
     mode : int
         What answers the next signal.
-    shadow : int
-        `engine.trust.SHADOW_STATES`.
+    tally : Tally
+        What the shadow's last answers said; a kernel takes those that agree.
     transitions : int
         Moves so far.
     """
@@ -174,22 +147,23 @@ class Failover:
     ) -> None:
         self._config = config
         self._base = MODE_FP32 if fp32_only else MODE_INT8
-        self._serving = self._base  # what answers when nothing halts
         self.mode = MODE_HALTED if start_halted else self._base
         self.halted_why = "start_halted" if start_halted else ""
-        self.shadow = SHADOW_OFF
+        self.tally: Final = Tally(self._base, config.divergences_in, config.disagreements_in)
         self.transitions = 0
         self._violations: deque[int] = deque()
         self._input_violations: deque[int] = deque()
-        self._diverged = _Rate(config.divergences_in)
-        self._disagreed = _Rate(config.disagreements_in)
-        self._agreeing = 0
         self._demotions = 0
 
     @property
     def serving(self) -> int:
         """MODE_INT8 or MODE_FP32: which model runs, halted or not."""
-        return self._serving
+        return self.tally.serving
+
+    @property
+    def shadow(self) -> int:
+        """`engine.trust.SHADOW_STATES`."""
+        return self.tally.shadow
 
     # What the pipeline saw of an inference.
 
@@ -226,37 +200,38 @@ class Failover:
 
     def answered(self, divergence: float, other_class: bool) -> Transition | None:
         """The shadow's answer for one inference; ``divergence`` NaN where a score is no number."""
-        rule = self._config
+        rule, tally = self._config, self.tally
         diverges = not divergence <= rule.divergence
-        self._diverged.add(diverges)
-        self._disagreed.add(other_class)
-        many = 0 < rule.divergences <= self._diverged.count
-        rate = self._disagreed.count / self._disagreed.seen
-        differ = 0.0 < rule.disagreement_rate < rate and self._disagreed.full
-        self._agreeing = 0 if diverges or other_class else self._agreeing + 1
+        tally.diverged.add(diverges)
+        tally.disagreed.add(other_class)
+        diverged = tally.diverged.count
+        many = 0 < rule.divergences <= diverged
+        rate = tally.disagreed.count / tally.disagreed.seen
+        differ = 0.0 < rule.disagreement_rate < rate and tally.disagreed.full
+        tally.agreeing = 0 if diverges or other_class else tally.agreeing + 1
         if many or differ:
-            self.shadow = SHADOW_DIVERGED
-        elif self.shadow != SHADOW_DIVERGED or self._agreeing >= rule.divergences_in:
-            self.shadow = SHADOW_AGREEING  # once diverged, it takes a whole window to be believed
-        if self._serving == MODE_FP32:
+            tally.shadow = SHADOW_DIVERGED
+        elif tally.shadow != SHADOW_DIVERGED or tally.agreeing >= rule.divergences_in:
+            tally.shadow = SHADOW_AGREEING  # once diverged, it takes a whole window to be believed
+        if tally.serving == MODE_FP32:
             return self._promote_by_rule()
         if many:
-            what = f"{self._diverged.count} of the last {self._diverged.seen} by more than "
+            what = f"{diverged} of the last {tally.diverged.seen} by more than "
             return self._worse("divergences", what + f"{rule.divergence:g}, last {divergence:.4g}")
         if differ:
-            what = f"{rate:.1%} of the last {self._disagreed.seen}"
+            what = f"{rate:.1%} of the last {tally.disagreed.seen}"
             return self._worse("disagreement_rate", what)
         return None
 
     def shadow_up(self) -> None:
         """The shadow answers, or does again: what it said before is forgotten."""
-        self.shadow = SHADOW_AGREEING
-        self._forget_answers()
+        self.tally.shadow = SHADOW_AGREEING
+        self.tally.forget()
 
     def shadow_lost(self, why: str) -> Transition | None:
         """The shadow does not answer."""
-        self.shadow = SHADOW_LOST
-        self._agreeing = 0
+        self.tally.shadow = SHADOW_LOST
+        self.tally.agreeing = 0
         return self._halt("shadow_lost", why) if self._config.shadow_lost == "halt" else None
 
     # What a person commanded.
@@ -270,18 +245,18 @@ class Failover:
         if self.mode != MODE_HALTED:
             return None
         self._clear_rules()
-        return self._move(self._serving, "arm", f"after {self.halted_why}", by)
+        return self._move(self.tally.serving, "arm", f"after {self.halted_why}", by)
 
     def demote(self, by: str, why: str) -> Transition | None:
         """INT8 → FP32; a halted engine stays halted, and goes on with FP32 once armed."""
-        if self._serving == MODE_FP32:
+        if self.tally.serving == MODE_FP32:
             return None
         self._demoted()
         return self._move(self._stands(), "demote", why or "commanded", by)
 
     def promote(self, by: str) -> Transition | None:
         """FP32 → INT8."""
-        if self._serving == self._base:
+        if self.tally.serving == self._base:
             return None
         return self._promoted("promote", "commanded", by)
 
@@ -291,18 +266,18 @@ class Failover:
         A demotion speaks against the model that was demoted, so the new one starts with INT8. A
         halt stands.
         """
-        self._serving = self._base
+        self.tally.serving = self._base
         if self.mode != MODE_HALTED:
-            self.mode = self._serving
+            self.mode = self.tally.serving
         self._demotions = 0
         self._clear_rules()
-        if self.shadow == SHADOW_DIVERGED:
-            self.shadow = SHADOW_AGREEING
+        if self.tally.shadow == SHADOW_DIVERGED:
+            self.tally.shadow = SHADOW_AGREEING
 
     # Moves.
 
     def _stands(self) -> int:
-        return MODE_HALTED if self.mode == MODE_HALTED else self._serving
+        return MODE_HALTED if self.mode == MODE_HALTED else self.tally.serving
 
     def _move(self, after: int, rule: str, detail: str, by: str = "") -> Transition:
         before, self.mode = self.mode, after
@@ -319,13 +294,13 @@ class Failover:
         """INT8 → FP32 → HALTED."""
         if self.mode == MODE_HALTED:
             return None
-        if self._serving == MODE_FP32:
+        if self.tally.serving == MODE_FP32:
             return self._halt(rule, detail)
         self._demoted()
         return self._move(MODE_FP32, rule, detail)
 
     def _demoted(self) -> None:
-        self._serving = MODE_FP32
+        self.tally.serving = MODE_FP32
         self._demotions += 1
         self._clear_rules()
 
@@ -334,22 +309,17 @@ class Failover:
         if wanted == 0 or self._base == MODE_FP32:
             return None
         wanted *= min(1 << max(self._demotions - 1, 0), MAX_BACKOFF)
-        if self._agreeing < wanted:
+        if self.tally.agreeing < wanted:
             return None
-        return self._promoted("promote_after", f"{self._agreeing} agreeing answers in a row")
+        return self._promoted("promote_after", f"{self.tally.agreeing} agreeing answers in a row")
 
     def _promoted(self, rule: str, detail: str, by: str = "") -> Transition:
-        self._serving = MODE_INT8
+        self.tally.serving = MODE_INT8
         self._clear_rules()
         return self._move(self._stands(), rule, detail, by)
 
-    def _forget_answers(self) -> None:
-        self._diverged.clear()
-        self._disagreed.clear()
-        self._agreeing = 0
-
     def _clear_rules(self) -> None:
-        self._forget_answers()
+        self.tally.forget()
         self._violations.clear()
         self._input_violations.clear()
 

@@ -3,10 +3,11 @@
 
 `take_waiting` receives a message straight onto the tape, advances and answers over it
 (`engine.answering`), sends the signal that it makes due, records that, and hands the inference to
-the shadow; then the next message, until none waits, and then it sleeps until one comes
-(`engine.waiting`). It returns for the event loop's sake, and for what is rare or needs Python: a
-signal that cannot be sent, that is not about a whole book or that the rules are to see; a model
-on another device; a full window of the tape; messages that are to be conflated.
+the shadow; then the next message. Where none waits it takes what the shadow has answered, one by
+one, and then sleeps until a message comes (`engine.waiting`). It returns for the event loop's sake,
+and for what is rare or needs Python: a signal that cannot be sent, that is not about a whole book
+or that the rules are to see; a model on another device; an answer of the shadow that may move
+something; a full window of the tape; messages that are to be conflated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import zmq
 from numba import carray, njit
 
 from engine import latency, signals
-from engine.advance import FIRED_SLOT
+from engine.advance import EVENT_DUE, FIRED_SLOT
 from engine.answering import (
     JUDGE,
     NEW_STREAM,
@@ -26,6 +27,7 @@ from engine.answering import (
     SUPPRESSED,
     TICKET,
     TRADABLE,
+    place_of,
     serve,
 )
 from engine.config import LimitsConfig, OverloadConfig
@@ -33,7 +35,7 @@ from engine.handles import new_handles, pointer
 from engine.lag import LAG, LONGEST, emptied, new_lag, received
 from engine.pipeline import Pipeline
 from engine.recorder import Recorder
-from engine.shadow_ring import answers_wait, no_handles, submit_by
+from engine.shadow_ring import answers_wait, next_answer, no_handles, submit_by
 from engine.trust import SYNCED
 from engine.waiting import HAPPENED_SHIFT, NO_DESCRIPTOR, new_descriptors, wait_for
 from feeds import libzmq, tape
@@ -54,7 +56,7 @@ DEADLINE_NS: Final = 8  # monotonic: a turn ends
 LEFT: Final = 9  # messages until a turn ends
 SPIN_UNTIL_NS: Final = 10  # monotonic: how long to look for a message where none waits
 WAIT_UNTIL_NS: Final = 11  # monotonic: how long to sleep until one comes
-LOOK_NS: Final = 12  # monotonic: from when on a shadow's answer ends a call where none waits
+LOOK_NS: Final = 12  # monotonic: from when on what the shadow says ends a call where none waits
 DRAIN_NS: Final = 13  # of a turn, and how many messages: what a sleep that ended begins anew
 DRAIN_MESSAGES: Final = 14
 CONFLATE_AFTER_NS: Final = 15  # of lag
@@ -85,19 +87,19 @@ SIGNAL_DUE: Final = 3  # `Pipeline.finish` has it, or `Pipeline.answer` is to ma
 BEHIND: Final = 4  # so far that messages are to be conflated
 CAUGHT_UP: Final = 5
 FAILED: Final = 6
+EVENT_TAKEN: Final = 7  # an answer of the shadow, by Python; it may have moved something
 
 # What `_receive` may give instead of a length.
 _NONE: Final = -1
 _BAD: Final = -2
 _BROKEN: Final = -3
 
-# Places of what is used here among the handles of `answering.serve`.
-_SHARED: Final = 12 * 5
-_FACTS: Final = 14 * 5
-_X: Final = 18 * 5
-_MESSAGES: Final = 20 * 5
-_ROUND: Final = 31 * 5
-_OUT: Final = 32 * 5
+# Places of what is used here among the pipeline's handles.
+_SHARED: Final = place_of("shared")
+_FACTS: Final = place_of("facts")
+_X: Final = place_of("x")
+_ROUND: Final = place_of("round")
+_OUT: Final = place_of("out")
 
 
 @inner("int64(int64[::1], int64[::1], uint8[::1], uint8[::1], int64)")
@@ -157,7 +159,7 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
     Returns
     -------
     int
-        `NOTHING_WAITS` to `FAILED`; ``live`` has the rest.
+        `NOTHING_WAITS` to `EVENT_TAKEN`; ``live`` has the rest.
     """
     live = carray(pointer(live_h[0], np.int64), (live_h[1],))
     sockets = carray(pointer(live_h[5], np.int64), (live_h[6], live_h[7]))
@@ -194,11 +196,22 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
             emptied(lag, now)
             if live[CONFLATING] == 1:
                 return CAUGHT_UP
+            if answers_wait(shadow_h):
+                start = position
+                length = next_answer(shadow_h, arena, start + RECORD_HEADER_BYTES)
+                if length > 0:
+                    position = put_record(arena, start, tape.SHADOW, now + offset, length)
+                    live[RECORDS] += 1
+                    live[POSITION] = position
+                    serve(h, arena, start, position, clip, size)
+                    if shared[FIRED_SLOT] == EVENT_DUE:
+                        return EVENT_TAKEN
+                    continue
+                if live[RECORDS] > 0 and now >= live[LOOK_NS]:
+                    return NOTHING_WAITS
             if now < live[SPIN_UNTIL_NS]:
                 continue
-            if now >= live[WAIT_UNTIL_NS] or (
-                live[RECORDS] > 0 and now >= live[LOOK_NS] and answers_wait(shadow_h)
-            ):
+            if now >= live[WAIT_UNTIL_NS]:
                 return NOTHING_WAITS
             left = live[WAIT_UNTIL_NS] - now
             told = wait_for(descriptors.ctypes.data, len(descriptors), left)
@@ -396,7 +409,7 @@ class LiveLink:
             recorder.advance(told[POSITION], told[RECORDS])
         if told[SENT]:
             pipeline.count(told[SENT], told[SENT_TRADABLE], told[SENT_SUPPRESSED:])
-        if why == SIGNAL_DUE:
+        if why in (SIGNAL_DUE, EVENT_TAKEN):
             pipeline.finish(arena)
         elif why == FAILED:
             raise zmq.ZMQError(told[ERROR])

@@ -36,6 +36,7 @@ from feeds.errors import InputError
 
 SERVED_BYTES: Final = 1 << 16  # of signals in one call of `Pipeline.serve`
 _NOTHING: Final = memoryview(b"")
+_STATES: Final = answering.handle_of("states")
 _SYNC_COUNTERS: Final = {
     "gaps": sync.GAPS,
     "lost": sync.LOST,
@@ -102,7 +103,7 @@ class Pipeline:
     seen : ndarray
         What the model's inputs were before; see `engine.model_input`.
     handles : ndarray of int64
-        Of all arrays, in the order in which `engine.answering.serve` takes them.
+        Of `engine.answering.ARRAYS`.
     clip : float
         Of the model's input.
     prepared : bool
@@ -231,12 +232,15 @@ class Pipeline:
         self._told: Final = self._round.data  # a number of it is read three times as fast
         self._out: Final = np.zeros(max(SERVED_BYTES, self.signal_bytes), dtype=np.uint8)
         self._out_view: Final = self._out.data
-        recent = self.trust.recent
+        self._round[answering.FOLLOW] = follow_trust_events
+        recent, tally = self.trust.recent, self.trust.failover.tally
         self._served_by: Final = (
             *(*self._state, *self._input, table, self._outputs, self.guards, self.scores),
             *(self._limits_i, self._limits_f, recent.about, recent.vectors, recent.outputs),
             *(self._native, np.zeros(0, dtype=np.int64), self._round, self._out),
+            *(tally.numbers, tally.diverged.marks, tally.disagreed.marks),
         )
+        assert len(self._served_by) == len(answering.ARRAYS)
         self.handles: Final = new_handles(self._served_by)
         self.served: memoryview = _NOTHING
         self.prepared = False
@@ -323,7 +327,7 @@ class Pipeline:
             self._native_of = native
             addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
             self._native[:] = (native.step, *addresses, *native[1:4])
-            set_handle(self.handles, answering.STATES_HANDLE, native.states)
+            set_handle(self.handles, _STATES, native.states)
         failover = keeper.failover
         told[answering.TICKET] = self.ticket
         told[answering.BLOCKED] = trust.REASON_HALTED if failover.mode == trust.MODE_HALTED else 0

@@ -23,7 +23,7 @@ from engine.child import child_environment
 from engine.config import ShadowConfig
 from engine.cores import beside
 from engine.drift import DriftConfig
-from engine.trust_events import ShadowAnswer
+from engine.trust_events import ShadowAnswer, answer_templates
 
 MAX_ANSWERS: Final = 16  # of one poll
 STOP_TIMEOUT_S: Final = 2.0
@@ -67,7 +67,8 @@ class Shadow:
         Of the last loss.
     restarts : int
     handles : ndarray of int64
-        What a kernel hands inferences over by; see `engine.shadow_ring.set_handles`.
+        By which a kernel hands inferences over and takes answers; see
+        `engine.shadow_ring.set_handles`.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Shadow:
         self._row = np.zeros(ring.META, dtype=np.int64)
         self._gate = np.zeros(ring.GATE, dtype=np.int64)
         self._behind = np.zeros(len(names), dtype=np.int64)
+        self._templates = answer_templates(names, bundle.n_outputs)
         self.handles: Final = ring.no_handles()
         self._process: subprocess.Popen[bytes] | None = None
         self._fd = -1
@@ -126,7 +128,7 @@ class Shadow:
         self._done = 0
         self._behind[:] = 1  # nothing before it was seen
         self._reload = False
-        ring.set_handles(self.handles, self._gate, self._behind, self._ring)
+        ring.set_handles(self.handles, self._gate, self._behind, self._ring, self._templates)
         self._set_gate()
 
     def _set_gate(self) -> None:

@@ -1,4 +1,4 @@
-# Hot path: `submit` and `push_request`, free @njit functions.
+# Hot path: `submit`, `push_request` and `next_answer`, free @njit functions.
 """Two rings in shared memory between the engine and its shadow: requests out, answers back.
 
 Each ring has one writer and one reader and no lock: the writer fills a row and then moves the
@@ -18,9 +18,12 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from engine.handles import FIELDS, pointer, set_handle
+from engine.trust_events import AT_FLAGS, AT_GROUPS, AT_SEQ, AT_TICKET
 from engine.waiting import wait_for
 from feeds.inner import inner
 from feeds.monotonic import monotonic_ns
+from feeds.rawbytes import store_i64, store_u32
+from feeds.wire import GROUP_HEADER_BYTES
 
 # Columns of `header`, int64, each counter in a cache line of its own.
 REQUEST_HEAD: Final = 0
@@ -62,7 +65,7 @@ OPEN: Final = 1  # 1 = the shadow is up and has no other bundle to open first
 STARTING: Final = 2  # 1 = it was not up yet: what it does not see is not missed
 MISSED: Final = 3
 GATE: Final = 4
-HANDLES: Final = 5  # gate, behind, header, requests, inputs
+HANDLES: Final = 8  # of `set_handles`
 
 TEXT_BYTES: Final = 1_024
 MIN_PAYLOAD_BYTES: Final = 256
@@ -299,10 +302,26 @@ def no_handles() -> np.ndarray:
 
 
 def set_handles(
-    handles: np.ndarray, gate: np.ndarray, behind: np.ndarray, area: ShadowRing
+    handles: np.ndarray,
+    gate: np.ndarray,
+    behind: np.ndarray,
+    area: ShadowRing,
+    templates: np.ndarray,
 ) -> None:
-    """Let handles stand for a gate, what is behind, and a ring's header, requests and inputs."""
-    arrays = (gate, behind, area.header, area.requests, area.inputs)
+    """Let handles stand for a gate, what is behind, a ring, and what its answers become.
+
+    Parameters
+    ----------
+    handles : ndarray of int64
+        From `no_handles`.
+    gate : ndarray of int64, shape (GATE,)
+    behind : ndarray of int64, shape (instruments,)
+    area : ShadowRing
+    templates : ndarray of uint8, shape (instruments, message bytes)
+        A ShadowAnswer of each instrument, see `engine.trust_events`.
+    """
+    ring = (area.header, area.requests, area.inputs, area.answers, area.payloads)
+    arrays = (gate, behind, *ring, templates)
     assert len(arrays) == HANDLES
     for i, array in enumerate(arrays):
         set_handle(handles, i, array)
@@ -334,6 +353,44 @@ def answers_wait(h):  # type: ignore[no-untyped-def]
         return False
     header = carray(pointer(h[10], np.int64), (h[11],))
     return header[ANSWER_HEAD] != header[ANSWER_TAIL]
+
+
+@inner("int64(int64[::1], uint8[::1], int64)")
+def next_answer(h, out, at):  # type: ignore[no-untyped-def]
+    """Take the oldest answer as a ShadowAnswer into ``out[at:]``.
+
+    Returns
+    -------
+    int
+        Its length; 0 where the oldest is no answer to an inference, and is still there.
+    """
+    header = carray(pointer(h[10], np.int64), (h[11],))
+    answers = carray(pointer(h[25], np.int64), (h[26], h[27]))
+    payloads = carray(pointer(h[30], np.uint8), (h[31], h[32]))
+    templates = carray(pointer(h[35], np.uint8), (h[36], h[37]))
+    tail = header[ANSWER_TAIL]
+    _fence()
+    row = answers[tail % len(answers)]
+    if row[FLAGS] & ALERT:
+        return 0
+    template, payload = templates[row[SLOT]], payloads[tail % len(answers)]
+    length = len(template)
+    for i in range(AT_GROUPS + GROUP_HEADER_BYTES):
+        out[at + i] = template[i]
+    store_i64(out, at + AT_TICKET, row[TICKET])
+    store_i64(out, at + AT_SEQ, row[SIGNAL_SEQ])
+    store_u32(out, at + AT_FLAGS, row[FLAGS])
+    scores = (length - AT_GROUPS) // 2 - GROUP_HEADER_BYTES  # bytes of one model's
+    first = at + AT_GROUPS + GROUP_HEADER_BYTES
+    second = first + scores + GROUP_HEADER_BYTES
+    for i in range(GROUP_HEADER_BYTES):
+        out[first + scores + i] = template[AT_GROUPS + i]
+    for i in range(scores):
+        out[first + i] = payload[i]
+        out[second + i] = payload[scores + i]
+    _fence()
+    header[ANSWER_TAIL] = tail + 1
+    return length
 
 
 def _size(rows: int, n_features: int, payload: int) -> int:

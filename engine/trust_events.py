@@ -8,6 +8,7 @@ session moved.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -56,6 +57,12 @@ _CONTROL: Final = struct.Struct("<qqQQB7x16s32s32s256s")
 _ANSWER: Final = struct.Struct("<QQ16s32sI4x")
 assert _CONTROL.size == wire.CONTROL_BLOCK
 assert _ANSWER.size == wire.SHADOW_ANSWER_BLOCK
+
+# Offsets in a ShadowAnswer.
+AT_TICKET: Final = wire.HEADER_BYTES
+AT_SEQ: Final = AT_TICKET + 8
+AT_FLAGS: Final = AT_SEQ + 8 + 16 + 32  # behind venue and symbol
+AT_GROUPS: Final = wire.HEADER_BYTES + wire.SHADOW_ANSWER_BLOCK  # FP32's scores, then INT8's
 
 
 class Control(NamedTuple):
@@ -138,6 +145,13 @@ class ShadowAnswer(NamedTuple):
             + codec.encode_floats(self.fp32)
             + codec.encode_floats(self.int8)
         )
+
+
+def answer_templates(names: Sequence[tuple[str, str]], n_outputs: int) -> np.ndarray:
+    """A ShadowAnswer of each instrument, to be filled in: uint8 of shape (names, bytes)."""
+    scores = np.zeros(n_outputs, dtype=np.float32)
+    messages = [ShadowAnswer(0, 0, *name, 0, scores, scores).encode() for name in names]
+    return np.frombuffer(b"".join(messages), dtype=np.uint8).reshape(len(names), -1).copy()
 
 
 def decode_event(message: bytes) -> Control | ShadowAnswer:

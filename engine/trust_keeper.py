@@ -114,8 +114,8 @@ class TrustKeeper:
         Models that no rollback can reach, for their owner to close.
     late : dict of int to (int, int)
         By slot: signal_seq and nanoseconds of inferences that the tape says were late.
-    shadow_answers, disagreements, swaps : int
-        So far; answers of another class are disagreements.
+    disagreements, swaps : int
+        So far: answers of the shadow of another class, and models that took over.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class TrustKeeper:
         self.notes: Final[deque[Note]] = deque(maxlen=MAX_UNTOLD)
         self.on_move: Callable[[Move], None] | None = None
         self.retired: Final[list[Loaded]] = []
-        self.disagreements = self.shadow_answers = self.swaps = 0
+        self.disagreements = self.swaps = 0
         self.precision = self.numerics = 0
         self._names = names
         self._load = load
@@ -154,6 +154,11 @@ class TrustKeeper:
     def loaded(self) -> Loaded | None:
         """The model that serves."""
         return None if self.serving is None else self.serving.loaded
+
+    @property
+    def shadow_answers(self) -> int:
+        """Answers of the shadow that were held against an inference."""
+        return self.failover.tally.answers
 
     @property
     def previous(self) -> Loaded | None:
@@ -227,7 +232,7 @@ class TrustKeeper:
         row = self.recent.find(answer.ticket)
         if row is None or len(answer.fp32) != len(row.outputs):
             return
-        self.shadow_answers += 1
+        self.failover.tally.answers += 1
         if answer.flags & SETTLING:
             return
         # While FP32 answers, the shadow tells what INT8 would have said.

@@ -63,6 +63,18 @@ def _storer(bits: int) -> Any:
 
 
 @intrinsic
+def load_f32(typingctx, buf, offset):  # type: ignore[no-untyped-def]
+    """Load a float32 at a byte offset of a contiguous uint8 array."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        array = context.make_array(sig.args[0])(context, builder, args[0])
+        address = builder.gep(array.data, [args[1]])
+        return builder.load(builder.bitcast(address, ir.FloatType().as_pointer()), align=1)
+
+    return types.float32(types.Array(types.uint8, 1, "C"), types.int64), codegen
+
+
+@intrinsic
 def store_f32(typingctx, buf, offset, value):  # type: ignore[no-untyped-def]
     """Store a float32 at a byte offset of a contiguous uint8 array."""
 

@@ -27,6 +27,8 @@ from engine.live import LiveLink
 from engine.pipeline import Pipeline
 from engine.recorder import ScratchTape
 from engine.signals import AT_SIGNAL_SEQ
+from engine.trust import MODE_FP32
+from engine.trust_events import ShadowAnswer, answer_templates
 from feeds import codec, tape, wire
 from feeds.simulator import Simulator
 from feeds.tape_reader import TapeReader
@@ -314,33 +316,132 @@ def test_sleeping_ends_where_the_loop_has_something_to_do(lines: Any) -> None:
         os.close(other)
 
 
-def test_a_shadow_s_answer_is_looked_at_behind_a_message(lines: Any) -> None:
-    line = lines()
-    area, fd = shadow_ring.ShadowRing.make(8, line.pipeline.x.shape[1], 3)
-    handles, gate = shadow_ring.no_handles(), np.zeros(shadow_ring.GATE, dtype=np.int64)
-    shadow_ring.set_handles(handles, gate, np.zeros(1, dtype=np.int64), area)
-    rows = np.zeros(shadow_ring.META, dtype=np.int64), np.zeros(8, dtype=np.uint8)
-    briefly_ns = 20_000_000
+class Shadowed:
+    """A line whose shadow is played by the test."""
 
-    def take(wait_ns: int) -> int:
-        """How long it took to come back."""
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        keeper = line.pipeline.trust
+        outputs = keeper.recent.outputs.shape[1]
+        self.area, self._fd = shadow_ring.ShadowRing.make(64, line.pipeline.x.shape[1], outputs)
+        self.handles = shadow_ring.no_handles()
+        self._arrays = (
+            np.array([1, 1, 0, 0], dtype=np.int64),
+            np.zeros(1, dtype=np.int64),
+            self.area,
+            answer_templates(line.pipeline.names, outputs),
+        )
+        shadow_ring.set_handles(self.handles, *self._arrays)
+
+    def take(self, wait_ns: int = 0, *, look: bool = True) -> int:
+        """Why it came back."""
+        now = time.monotonic_ns()
+        look_ns = now if look else live.NEVER_NS
+        self.line.link.begin(now, LIMITS, wait_ns=wait_ns, look_ns=look_ns)
+        return self.line.link.take(self.line.recorder, self.handles)
+
+    def say(self, ticket: int, flags: int, payload: bytes) -> None:
+        row = np.array([ticket, 0, 17, flags], dtype=np.int64)
+        area, data = self.area, np.frombuffer(payload, dtype=np.uint8).copy()
+        assert shadow_ring.push_answer(area.header, area.answers, area.payloads, row, data)
+
+    def answer(self, ticket: int, *, off: float = 0.0) -> bytes:
+        """Answer one inference; returns the event that it should become."""
+        row = self.line.pipeline.trust.recent.find(ticket)
+        assert row is not None
+        fp32 = row.outputs + np.float32(off)
+        self.say(ticket, 0, np.concatenate((fp32, row.outputs)).tobytes())
+        name = self.line.pipeline.names[0]
+        return ShadowAnswer(ticket, 17, *name, 0, fp32, row.outputs).encode()
+
+    @property
+    def waiting(self) -> int:
+        header = self.area.header
+        return int(header[shadow_ring.ANSWER_HEAD] - header[shadow_ring.ANSWER_TAIL])
+
+    def recorded(self) -> list[tuple[int, bytes]]:
+        """Kind and payload of what is on the tape."""
+        recorder, found, at = self.line.recorder, [], 0
+        arena, stop = recorder.arena, recorder.position
+        position, n, status = tape.scan(arena, 0, stop)
+        assert (position, status) == (stop, tape.SCAN_CLEAN)
+        for _ in range(n):
+            length = int.from_bytes(bytes(arena[at + 4 : at + 8]), "little")
+            body = at + tape.RECORD_HEADER_BYTES
+            found.append((int(arena[at + 16]), bytes(arena[body : body + length])))
+            at = body + int(tape.padded(length))
+        return found
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@pytest.fixture
+def shadowed(lines: Any) -> Iterator[Shadowed]:
+    line = lines()
+    line.send(line.messages)
+    line.take()
+    line.recorder.advance(0)
+    line.recorder.arena[:] = 0
+    line.pipeline.trust.failover.shadow_up()
+    one = Shadowed(line)
+    yield one
+    one.close()
+
+
+def test_answers_that_agree_are_taken_onto_the_tape_without_python(shadowed: Shadowed) -> None:
+    line = shadowed.line
+    last = line.pipeline.ticket
+    events = [shadowed.answer(ticket) for ticket in range(last - 9, last + 1)]
+    before = line.pipeline.trust.shadow_answers
+    assert shadowed.take() == live.NOTHING_WAITS
+    assert shadowed.waiting == 0
+    assert line.pipeline.trust.shadow_answers == before + 10
+    assert [record for kind, record in shadowed.recorded() if kind == tape.SHADOW] == events
+
+
+def test_an_answer_that_may_move_something_is_python_s(shadowed: Shadowed) -> None:
+    keeper = shadowed.line.pipeline.trust
+    last = shadowed.line.pipeline.ticket
+    shadowed.answer(last)
+    for n in range(8):
+        shadowed.answer(last - n, off=10.0)
+    shadowed.answer(last)
+    whys = [shadowed.take() for _ in range(9)]
+    assert whys == [live.EVENT_TAKEN] * 8 + [live.EVENT_TAKEN]  # FP32 answers: the last as well
+    assert keeper.failover.mode == MODE_FP32
+    assert keeper.shadow_answers == 10
+    assert shadowed.take() == live.NOTHING_WAITS
+
+
+def test_messages_come_before_answers(shadowed: Shadowed) -> None:
+    line = shadowed.line
+    for n in range(3):
+        shadowed.answer(line.pipeline.ticket - n)
+    line.send([line.definition] * 200)
+    time.sleep(0.05)
+    assert shadowed.take() == live.NOTHING_WAITS
+    kinds = [kind for kind, _ in shadowed.recorded()]
+    assert kinds == [tape.MARKET] * 200 + [tape.SHADOW] * 3
+
+
+def test_what_is_no_answer_ends_a_call_behind_a_message(shadowed: Shadowed) -> None:
+    line, briefly_ns = shadowed.line, 20_000_000
+
+    def took(wait_ns: int, *, look: bool = True) -> int:
         begun = time.monotonic_ns()
-        line.link.begin(begun, LIMITS, wait_ns=wait_ns, look_ns=begun)
-        assert line.link.take(line.recorder, handles) == live.NOTHING_WAITS
+        assert shadowed.take(wait_ns, look=look) == live.NOTHING_WAITS
         return time.monotonic_ns() - begun
 
+    shadowed.say(0, shadow_ring.ALERT, b"drift")
+    assert took(briefly_ns) >= briefly_ns, "it waits, and no message came"
     line.send(line.messages[:1])
     time.sleep(0.02)
-    assert take(briefly_ns) >= briefly_ns, "a message, and no answer"
-    assert shadow_ring.push_answer(area.header, area.answers, area.payloads, *rows)
-    assert take(briefly_ns) >= briefly_ns, "an answer, and no message"
+    assert took(briefly_ns, look=False) >= briefly_ns, "not yet time to look"
     line.send(line.messages[1:2])
     time.sleep(0.02)
-    begun = time.monotonic_ns()
-    take(60_000_000_000)
-    assert time.monotonic_ns() - begun < 30_000_000_000
-    assert line.pipeline.counters["messages"] == 3
-    os.close(fd)
+    assert took(60_000_000_000) < 30_000_000_000
+    assert shadowed.waiting == 1
 
 
 def _sent_now(message: bytes) -> bytes:
