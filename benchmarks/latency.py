@@ -124,6 +124,7 @@ def bench_latency(
         Let the engine never sleep.
     core, io_core : int
         That the engine's hot path and its ZeroMQ threads keep to; see `engine.config.LoopConfig`.
+        Sender and receivers keep off the first, as they would if it were isolated.
     shadow_every : int
         Of how many inferences the shadow answers one; 0 for no shadow.
     progress : callable
@@ -155,6 +156,7 @@ def bench_latency(
                 *(transport, source, model, backend),
                 shadow_every=shadow_every,
                 sections=sections,
+                off_core=core,
             ) as on:
                 _warm(on)
                 turns: dict[int, list[tuple[Turn, Turn]]] = {rate: [] for rate in rates}

@@ -73,7 +73,7 @@ def _tell(
     type=click.IntRange(-1),
     default=-1,
     show_default=True,
-    help="That the engine's hot path keeps to; -1: the system's choice.",
+    help="That the engine's hot path keeps to, and both ends keep off; -1: the system's choice.",
 )
 @click.option(
     "--io-core",

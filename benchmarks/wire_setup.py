@@ -51,9 +51,11 @@ class Turn(NamedTuple):
 class _End:
     """A process of `benchmarks.wire_ends`: commands in, answers out, an object a line."""
 
-    def __init__(self, alive: list[subprocess.Popen[str]], *arguments: str) -> None:
+    def __init__(
+        self, alive: list[subprocess.Popen[str]], *arguments: str, off_core: int = -1
+    ) -> None:
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.wire_ends", *arguments],
+            [*_off(off_core), sys.executable, "-m", "benchmarks.wire_ends", *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -76,6 +78,14 @@ class _End:
             raise InputError("a process of the benchmark ended", where="benchmarks.wire_ends")
         heard: dict[str, Any] = json.loads(line)
         return heard
+
+
+def _off(core: int) -> list[str]:
+    """What a command line begins with to keep off a core, where there are others."""
+    others = os.sched_getaffinity(0) - {core}
+    if core < 0 or not others:
+        return []
+    return ["taskset", "-c", ",".join(str(number) for number in sorted(others))]
 
 
 class Wired:
@@ -168,6 +178,7 @@ def wired(
     trigger: str = "events",
     shadow_every: int = SHADOW_EVERY,
     sections: str = "",
+    off_core: int = -1,
 ) -> Iterator[Wired]:
     """Start all processes.
 
@@ -185,6 +196,9 @@ def wired(
     shadow_every : int
     sections : str
         More of the engine's config, in TOML.
+    off_core : int
+        That sender and receivers keep off, as they would if it were isolated; -1: none. The echo
+        may use every core.
     """
     meta = TapeReader(source).meta.instruments[0]
     topic = codec.topic("signal", meta.venue, meta.symbol).decode()
@@ -202,7 +216,7 @@ def wired(
             f'[trigger]\nkind = "{trigger}"\n[shadow]\nevery = {shadow_every}\n'
             f"{NO_MOVES}{sections}"
         )
-        sender = _End(alive, "send", str(source), feed, echo_feed)
+        sender = _End(alive, "send", str(source), feed, echo_feed, off_core=off_core)
         sender.hear()
         engine = octick("run", str(config), "--json")
         alive.append(engine)
@@ -211,7 +225,9 @@ def wired(
         lines = Lines(engine.stdout)
         Lines(engine.stderr).wait_for("READY", engine, "octick run")
         _End(alive, "echo", echo_feed, echoed, topic, str(signal_bytes)).hear()
-        receivers = [_End(alive, "receive", endpoint) for endpoint in (signals, echoed)]
+        receivers = [
+            _End(alive, "receive", endpoint, off_core=off_core) for endpoint in (signals, echoed)
+        ]
         for receiver in receivers:
             receiver.hear()
         yield Wired(folder, engine, lines, sender, receivers)

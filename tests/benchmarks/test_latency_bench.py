@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from benchmarks.overload import _peak_per_s
 from benchmarks.schedules import TICK_NS, arrivals_of, as_recorded, evenly, in_ticks
 from benchmarks.stages import STAGES, time_stages
+from benchmarks.wire_setup import wired
 from feeds.errors import InputError
 from feeds.simulator import Simulator
 from feeds.tape_reader import TapeReader
@@ -21,6 +23,7 @@ from tests.conftest import ROOT
 
 REFERENCE = ROOT / "models" / "reference"
 SECOND_NS = 1_000_000_000
+CORES = sorted(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,25 @@ def test_latency_stands_beside_an_echo_of_the_same_messages(market: Path) -> Non
     assert first["in_process"]["p50_us"] < first["wire"]["p50_us"]
     ratio = first["wire"]["p50_us"] / first["echo"]["p50_us"]
     assert result["wire_over_echo_p50"] == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="one core: nowhere else to go")
+def test_both_ends_keep_off_the_engine_s_core(market: Path) -> None:
+    core = CORES[-1]
+    with wired("ipc", market, REFERENCE, "compiled", off_core=core) as on:
+        allowed = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().decode().split("\0")
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if "benchmarks.wire_ends" in words and parent == os.getpid():
+                role = words[words.index("benchmarks.wire_ends") + 1]
+                allowed[role] = os.sched_getaffinity(int(path.name))
+        on.finish()
+    rest = set(CORES) - {core}
+    assert allowed == {"send": rest, "receive": rest, "echo": set(CORES)}
 
 
 def test_an_overload_is_held_against_what_was_sent(market: Path) -> None:
