@@ -32,6 +32,7 @@ MIN_LEVELS: Final = 16
 MAX_LEVELS: Final = 65_534  # what a group of an SBE message can hold
 MIN_TIMER_NS: Final = 1_000_000
 MAX_CORES: Final = 4_095
+MAX_WAKE_US: Final = 1_000_000
 MAX_CONFIG_BYTES: Final = 1 << 20
 
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
@@ -175,6 +176,8 @@ class LoopConfig(_Section, frozen=True):
     anything else have its turn. ``core`` is the core that the hot path keeps to, and that nothing
     else of the engine uses; -1 leaves it to the system. With it, ``io_core`` is the core of
     ZeroMQ's threads: the same one is soonest where messages are few, -1 is any other.
+    ``cpu_dma_latency_us`` is how long an idle core of the machine may take to wake while the engine
+    runs: at 0 idle cores poll in place of halting, -1 leaves them to the system.
     """
 
     busy_poll: bool = False
@@ -182,6 +185,7 @@ class LoopConfig(_Section, frozen=True):
     wait_ns: Annotated[int, Meta(ge=100_000, le=1_000_000_000)] = 25_000_000
     core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     io_core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
+    cpu_dma_latency_us: Annotated[int, Meta(ge=-1, le=MAX_WAKE_US)] = -1
     uvloop: bool = True
 
 

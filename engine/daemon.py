@@ -38,6 +38,7 @@ from engine.trust import BOOK_STATES, MODE_FP32, SYNCED
 from engine.trust_events import CONFLATION, INFERENCE_LATE, Control
 from engine.turns import Reader, Turns
 from engine.waiting import loop_descriptor
+from engine.wakefulness import Wakefulness
 from feeds import codec, tape, wire
 from feeds.errors import InputError
 
@@ -92,12 +93,14 @@ class Daemon:
         self._context: zmq.Context[Any] = zmq.Context()
         self._feeds: list[FeedConnection] = []
         self._recorder: Recorder | None = None
+        self._wakefulness = Wakefulness(config.loop.cpu_dma_latency_us)
         self._requested_ns = [0] * len(names)
         self._alert_seq = self._rejected_told = self._next_state_ns = 0
         signal_bytes = tape.RECORD_HEADER_BYTES + self.pipeline.signal_bytes + 8
         self._room = config.limits.max_message_bytes + signal_bytes * (len(names) + 1)
         self._room += 2 * tape.RECORD_HEADER_BYTES + wire.HEADER_BYTES + wire.CONTROL_BLOCK
         try:
+            self._wakefulness.hold()
             topics = [*self._topics, *self._alert_topics, state.STATE_TOPIC, state.ALERT_TOPIC]
             self.publisher = SignalPublisher(
                 config.publish.endpoint,
@@ -456,7 +459,8 @@ class Daemon:
         return self.account.totals(values, self._recorder, self.publisher.drops, self.start_up)
 
     def close(self) -> None:
-        """Close the tape and every socket. Closing twice is fine."""
+        """Close the tape and every socket, let cores halt. Closing twice is fine."""
+        self._wakefulness.close()
         if hasattr(self, "account"):
             self.account.close()
         if self._recorder is not None:

@@ -3,7 +3,8 @@
 ``root`` is the folder in which ``proc`` and ``sys`` lie. Elsewhere than on Linux most answers are
 empty, and the doctor says so.
 
-Source: proc(5), cgroups(7), the kernel's ``Documentation/admin-guide/cgroup-v1`` and ``-v2``.
+Source: proc(5), cgroups(7), the kernel's ``Documentation/admin-guide/cgroup-v1``, ``-v2``
+and ``pm/cpuidle.rst``.
 """
 
 from __future__ import annotations
@@ -95,6 +96,24 @@ def governors(root: Path) -> frozenset[str]:
     return frozenset(
         path.read_text().strip() for path in folder.glob("cpu[0-9]*/cpufreq/scaling_governor")
     )
+
+
+def idle_driver(root: Path) -> str:
+    """What puts idle cores to rest, ``none`` where the kernel just halts them; empty if unknown."""
+    words = _words(root / "sys/devices/system/cpu/cpuidle/current_driver")
+    return words[0] if words else ""
+
+
+def idle_governor(root: Path) -> str:
+    """What chooses how deep an idle core rests; empty if unknown."""
+    folder = root / "sys/devices/system/cpu/cpuidle"
+    words = _words(folder / "current_governor") or _words(folder / "current_governor_ro")
+    return words[0] if words else ""
+
+
+def polls_by_boot(root: Path) -> bool:
+    """Whether the kernel was booted with ``idle=poll``: no core ever halts."""
+    return "idle=poll" in _words(root / "proc/cmdline")
 
 
 def clock_source(root: Path) -> str:

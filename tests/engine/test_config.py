@@ -94,6 +94,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("[model]\nthreads = 0", ["'model.threads'", "found 0"]),
         ("[model]\nprecision = 'int4'", ["'model.precision'", '"int8"', "'int4'"]),
         ("[model]\nbackend = ''", ["'model.backend'"]),
+        ("[loop]\ncpu_dma_latency_us = -2", ["'loop.cpu_dma_latency_us'", ">= -1", "found -2"]),
+        ("[loop]\ncpu_dma_latency_us = 1000001", ["'loop.cpu_dma_latency_us'", "<= 1000000"]),
         ("[loop]\nbusy_poll = 1", ["'loop.busy_poll'", "bool", "found 1"]),
         ("[[feed]]\nsnapshot_endpoint = 'tcp://a:1'", ["'feed[0].endpoint'", "missing"]),
         ("[feed]\nendpoint = 'tcp://a:1'", ["'feed'", "array of tables"]),
@@ -201,6 +203,7 @@ def test_what_cannot_change_a_signal_is_not_hashed() -> None:
     other = parse(
         FEED + "[model]\nbundle='b'\nbackend='compiled'\ndevice='x'\nthreads=4\n"
         "[publish]\nendpoint='tcp://a:1'\n[tape]\npath='t'\nseal=true\n[loop]\nbusy_poll=true\n"
+        "core=1\nio_core=1\ncpu_dma_latency_us=0\n"
         "[limits]\nsend_hwm=5\ntimer_ns=7000000\n[trigger]\nevery_events=9\nevery_ns=9\n"
     )
     assert config_hash(plain) == config_hash(other)
