@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from engine import host
+from engine import host, wakefulness
 from engine.jitter import Jitter, measure_jitter
 
 Verdict = Literal["ok", "slow", "bad"]
@@ -85,7 +85,7 @@ def examine(
     tape_folder : path-like
         Where tapes will be recorded.
     root : Path
-        Where ``proc`` and ``sys`` are.
+        Where ``dev``, ``proc`` and ``sys`` are.
     jitter_seconds : float
         How long to measure the host's jitter.
 
@@ -106,6 +106,7 @@ def examine(
         ("cores", lambda: cores(root)),
         ("load", lambda: load(root)),
         ("governor", lambda: governor(root)),
+        ("idle cores", lambda: idle_cores(root)),
         ("clock", lambda: clock(root)),
         ("clock sync", clock_sync),
         ("memory", lambda: memory(root)),
@@ -312,6 +313,28 @@ def governor(root: Path) -> Finding:
         means = "a core clocks down between messages, and the next one pays for it"
         return Finding("governor", "slow", found, means, "cpupower frequency-set -g performance")
     return Finding("governor", "ok", found)
+
+
+def idle_cores(root: Path) -> Finding:
+    """How idle cores wait for work, and whether the engine may keep them awake."""
+    driver, refusal = host.idle_driver(root), wakefulness.refusal(root)
+    if not driver:
+        return Finding("idle cores", "ok", "not visible (the kernel's own idling)")
+    asked_us = wakefulness.asked_us(root)
+    found = f"driver {driver}, governor {host.idle_governor(root) or 'unknown'}"
+    if asked_us is not None and asked_us < wakefulness.UNBOUND_US:
+        found += f", asked to wake within {asked_us:,} µs"
+    found += f", /{wakefulness.DEVICE}: {refusal}" if refusal else ""
+    if wakefulness.cores_stay_awake(root):
+        return Finding("idle cores", "ok", f"{found}: they stay awake")
+    means = "an idle core halts: waking it takes longer than the engine takes for a message"
+    if driver == "none":
+        do = "boot with idle=poll: without a cpuidle driver no request changes it"
+    elif refusal:
+        do = wakefulness.remedy(root) + ", then set loop.cpu_dma_latency_us = 0"
+    else:
+        do = "set loop.cpu_dma_latency_us = 0 where all cores may draw power all the time"
+    return Finding("idle cores", "slow", found, means, do)
 
 
 def clock(root: Path) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from importlib import metadata
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from engine import doctor, host
 from engine.cli import doctor as command
 from engine.jitter import Jitter
+from engine.wakefulness import UNBOUND_US
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +41,16 @@ def test_the_whole_report_as_json(tmp_path: Path) -> None:
     assert result.exit_code == (0 if report["ok"] else 1)
     names = [finding["name"] for finding in report["findings"]]
     assert len(names) == len(set(names)) == sum(report["counts"].values())
-    assert {"python", "cpu", "clock", "memory", "open files", "numba cache", "jitter"} <= set(names)
+    assert {
+        "python",
+        "cpu",
+        "idle cores",
+        "clock",
+        "memory",
+        "open files",
+        "numba cache",
+        "jitter",
+    } <= set(names)
     for finding in report["findings"]:
         assert finding["verdict"] in ("ok", "slow", "bad")
         assert finding["found"]
@@ -199,6 +210,40 @@ def test_what_the_kernel_says(
     finding = check(machine({name: text}))
     assert finding.verdict == verdict
     assert verdict == "ok" or finding.do
+
+
+@pytest.mark.parametrize(
+    ("driver", "boot", "asked_us", "verdict", "do"),
+    [
+        ("haltpoll", "", UNBOUND_US, "slow", "loop.cpu_dma_latency_us = 0"),
+        ("haltpoll", "", 0, "ok", ""),
+        ("intel_idle", "", 50, "slow", "loop.cpu_dma_latency_us = 0"),
+        ("intel_idle", "", None, "slow", "CONFIG_CPU_IDLE"),
+        ("none", "", 0, "slow", "idle=poll"),
+        ("none", "quiet idle=poll", UNBOUND_US, "ok", ""),
+        ("", "", None, "ok", ""),
+    ],
+)
+def test_idle_cores(
+    driver: str, boot: str, asked_us: int | None, verdict: str, do: str, machine: Machine
+) -> None:
+    files = {"proc/cmdline": boot}
+    if driver:
+        files["sys/devices/system/cpu/cpuidle/current_driver"] = driver + "\n"
+        files["sys/devices/system/cpu/cpuidle/current_governor_ro"] = "menu\n"
+    root = machine(files)
+    device = root / "dev" / "cpu_dma_latency"
+    if asked_us is not None:
+        device.parent.mkdir()
+        device.write_bytes(asked_us.to_bytes(4, sys.byteorder))
+    finding = doctor.idle_cores(root)
+    assert finding.verdict == verdict
+    assert do in finding.do
+    assert bool(finding.do) == bool(finding.means) == (verdict == "slow")
+    assert not driver or f"{driver}, governor menu" in finding.found
+    assert ("asked to wake within" in finding.found) == (asked_us in (0, 50))
+    if asked_us is not None:
+        assert device.read_bytes() == asked_us.to_bytes(4, sys.byteorder), "looking changes nothing"
 
 
 @pytest.mark.parametrize(("files", "verdict"), [(64, "bad"), (512, "slow"), (20_000, "ok")])
