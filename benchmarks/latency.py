@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from benchmarks.idle_cores import describe, idle_cores
 from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.schedules import arrivals_of, as_recorded, evenly
 from benchmarks.signal_latency import signal_rows
@@ -66,7 +67,10 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 class LatencyBench(msgspec.Struct, frozen=True):
-    """Result of ``octick bench latency``; the first figures are those of `HEADLINE`."""
+    """Result of ``octick bench latency``; the first figures are those of `HEADLINE`.
+
+    ``cores_awake`` and ``cores_awake_why`` are those of `benchmarks.idle_cores.IdleCores`.
+    """
 
     in_process: Quantiles
     wire: Quantiles
@@ -84,6 +88,8 @@ class LatencyBench(msgspec.Struct, frozen=True):
     core: int
     io_core: int
     shadow_every: int
+    cores_awake: bool
+    cores_awake_why: str
     totals: list[dict[str, Any]]
     machine: dict[str, str | int]
     versions: dict[str, str]
@@ -104,6 +110,7 @@ def bench_latency(
     core: int = -1,
     io_core: int = -1,
     shadow_every: int = SHADOW_EVERY,
+    let_sleep: bool = False,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> LatencyBench:
     """Measure on a tape of one instrument, by default the recording, else a simulated market.
@@ -127,6 +134,8 @@ def bench_latency(
         Sender and receivers keep off the first, as they would if it were isolated.
     shadow_every : int
         Of how many inferences the shadow answers one; 0 for no shadow.
+    let_sleep : bool
+        Leave idle cores to the system, in place of keeping them awake.
     progress : callable
         Told what is going on.
 
@@ -142,7 +151,7 @@ def bench_latency(
         "[overload]\nconflate_after_ns = 0\n"
     )
     progress("preparing the tape")
-    with source_tape(path) as (source, name):
+    with idle_cores(let_sleep=let_sleep) as cores, source_tape(path) as (source, name):
         arrivals = arrivals_of(source)
         progress("measuring the host")
         jitter = [measure_jitter(JITTER_S)]
@@ -193,6 +202,8 @@ def bench_latency(
         core=core,
         io_core=io_core,
         shadow_every=shadow_every,
+        cores_awake=cores.awake,
+        cores_awake_why=cores.why,
         totals=totals,
         **provenance(),
     )
@@ -307,6 +318,7 @@ def show(result: LatencyBench) -> None:
         f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording and "
         f"value check on, shadow on 1 in {result.shadow_every}"
     )
+    console.print(f"idle cores: {describe(result.cores_awake, result.cores_awake_why)}")
     console.print(
         f"host jitter: p50 {jitter.p50_us:.2f} µs, p99 {jitter.p99_us:.2f} µs, max "
         f"{jitter.max_us:,.0f} µs; {result.machine['cpu']}; "

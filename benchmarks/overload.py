@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from benchmarks.idle_cores import describe, idle_cores
 from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.recorded_peak import SECOND_NS, TEN_MS_NS, busiest
 from benchmarks.schedules import arrivals_of, in_ticks
@@ -57,6 +58,9 @@ class OverloadBench(msgspec.Struct, frozen=True):
     signals : int
     cpu_share : float
         Of one core, by the engine's threads while it took the load.
+    cores_awake : bool
+    cores_awake_why : str
+        See `benchmarks.idle_cores.IdleCores`.
     """
 
     ok: bool
@@ -83,6 +87,8 @@ class OverloadBench(msgspec.Struct, frozen=True):
     backend: str
     trigger: str
     shadow_every: int
+    cores_awake: bool
+    cores_awake_why: str
     machine: dict[str, str | int]
     versions: dict[str, str]
     commit: str
@@ -99,6 +105,7 @@ def bench_overload(
     trigger: str = "top-of-book",
     shadow_every: int = SHADOW_EVERY,
     max_lag_ms: float = MAX_LAG_MS,
+    let_sleep: bool = False,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> OverloadBench:
     """Send a tape of one instrument faster than it was recorded.
@@ -118,6 +125,8 @@ def bench_overload(
         Of how many inferences the shadow answers one; 0 for no shadow.
     max_lag_ms : float
         That ``ok`` allows.
+    let_sleep : bool
+        Leave idle cores to the system, in place of keeping them awake.
     progress : callable
         Told what is going on.
 
@@ -127,7 +136,7 @@ def bench_overload(
         If the tape or the bundle cannot be used, or a process does not start.
     """
     progress("preparing the tape")
-    with source_tape(path) as (source, name):
+    with idle_cores(let_sleep=let_sleep) as cores, source_tape(path) as (source, name):
         peak = _peak_per_s(arrivals_of(source))
         offered = rate if rate is not None else round(2 * peak)
         schedule = in_ticks(offered, seconds)
@@ -178,6 +187,8 @@ def bench_overload(
         backend=backend,
         trigger=trigger,
         shadow_every=shadow_every,
+        cores_awake=cores.awake,
+        cores_awake_why=cores.why,
         **provenance(),
     )
 
@@ -243,6 +254,7 @@ def show(result: OverloadBench) -> None:
             f"p99 {result.sender_late_p99_us:,.0f} µs; p99 {result.jitter_p99_us:.1f} µs, "
             f"max {result.jitter_max_us:,.0f} µs",
         ),
+        ("idle cores", describe(result.cores_awake, result.cores_awake_why)),
         ("measured", f"{result.source}, {result.commit or 'no commit'}, {result.date}"),
     ):
         table.add_row(f"[bold]{name}[/]", value)

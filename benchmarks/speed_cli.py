@@ -23,6 +23,11 @@ _SHARED = (
         show_default=True,
         help="Of how many inferences the shadow answers one; 0: none.",
     ),
+    click.option(
+        "--let-sleep",
+        is_flag=True,
+        help="Leave idle cores to the system; else they are kept awake where that can be had.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
 )
 
@@ -95,6 +100,7 @@ def latency(
     core: int,
     io_core: int,
     shadow_every: int,
+    let_sleep: bool,
     as_json: bool,
 ) -> None:
     """Tick to signal: in the engine, over the wire, and beside a plain ZeroMQ echo.
@@ -119,6 +125,7 @@ def latency(
         core=core,
         io_core=io_core,
         shadow_every=shadow_every,
+        let_sleep=let_sleep,
     )
 
 
@@ -147,6 +154,7 @@ def overload(
     model: Path | None,
     backend: str,
     shadow_every: int,
+    let_sleep: bool,
     as_json: bool,
 ) -> None:
     """More messages than usual for a while, and then nothing: lag, losses, recovery, the book.
@@ -168,5 +176,6 @@ def overload(
         trigger=trigger,
         shadow_every=shadow_every,
         max_lag_ms=max_lag_ms,
+        let_sleep=let_sleep,
     )
     sys.exit(0 if result.ok else 1)

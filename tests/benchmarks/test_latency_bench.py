@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import idle_cores as idling
+from benchmarks.idle_cores import BY_OTHERS, LET_SLEEP, describe, idle_cores
 from benchmarks.overload import _peak_per_s
 from benchmarks.schedules import TICK_NS, arrivals_of, as_recorded, evenly, in_ticks
 from benchmarks.stages import STAGES, time_stages
 from benchmarks.wire_setup import wired
+from engine import wakefulness
+from engine.host import idle_driver
+from engine.wakefulness import refusal
 from feeds.errors import InputError
 from feeds.simulator import Simulator
 from feeds.tape_reader import TapeReader
@@ -86,6 +91,29 @@ def test_every_stage_of_a_tick_is_timed(market: Path) -> None:
     assert stages["features"].p50_ns > 0
 
 
+def test_a_machine_that_refuses_is_measured_as_it_is_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wakefulness, "DEVICE", Path("dev/no_such_device"))
+    monkeypatch.setattr(idling, "cores_stay_awake", lambda: False)
+    with idle_cores(let_sleep=False) as cores:
+        assert not cores.awake
+        line = describe(*cores)
+    assert "No such file or directory" in line
+    assert "\n" not in line
+
+
+def test_a_request_without_effect_is_not_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "device").touch()
+    monkeypatch.setattr(wakefulness, "DEVICE", tmp_path / "device")
+    monkeypatch.setattr(idling, "cores_stay_awake", lambda: False)
+    with idle_cores(let_sleep=False) as cores:
+        assert not cores.awake
+        assert "doctor" in cores.why
+
+
 def test_latency_stands_beside_an_echo_of_the_same_messages(market: Path) -> None:
     code, result = bench(
         *("latency", str(market), "--transport", "ipc", "--rate", "500", "--rate", "0"),
@@ -106,6 +134,9 @@ def test_latency_stands_beside_an_echo_of_the_same_messages(market: Path) -> Non
     assert first["in_process"]["p50_us"] < first["wire"]["p50_us"]
     ratio = first["wire"]["p50_us"] / first["echo"]["p50_us"]
     assert result["wire_over_echo_p50"] == pytest.approx(ratio, rel=0.01)
+    assert result["cores_awake"] or result["cores_awake_why"]
+    if not refusal() and idle_driver(Path("/")) not in ("", "none"):
+        assert (result["cores_awake"], result["cores_awake_why"]) == (True, "")
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core: nowhere else to go")
@@ -128,8 +159,12 @@ def test_both_ends_keep_off_the_engine_s_core(market: Path) -> None:
 
 
 def test_an_overload_is_held_against_what_was_sent(market: Path) -> None:
-    code, result = bench("overload", str(market), "--rate", "3000", "--seconds", "1")
+    code, result = bench(
+        *("overload", str(market), "--rate", "3000", "--seconds", "1", "--let-sleep")
+    )
     assert result["messages"] == 3_000
+    # Another program may keep them awake all the same.
+    assert result["cores_awake_why"] == (BY_OTHERS if result["cores_awake"] else LET_SLEEP)
     assert result["lost"] == result["gaps"] == 0
     assert result["books_equal"] is True
     assert 0 <= result["lag_p50_ms"] <= result["lag_max_ms"]  # type: ignore[operator]
