@@ -94,6 +94,11 @@ class DivergenceWatch:
         self._take(mean)
         return True
 
+    @property
+    def rows_to_batch(self) -> int:
+        """Divergences with the last of which a batch ends; 1 or more."""
+        return self._batch_rows - self._rows
+
     def _take(self, mean: float) -> None:
         self._batches += 1
         if self._batches <= LEARN_BATCHES:

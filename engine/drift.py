@@ -205,6 +205,12 @@ class DriftMonitor:
         self._alerts += len(alerts)
         return alerts
 
+    @property
+    def rows_to_verdict(self) -> int:
+        """Rows of which, observed together, only the last can raise an alert; 1 or more."""
+        to_window = self._window_rows - self._rows % self._window_rows
+        return min(to_window, self._divergence.rows_to_batch)
+
     def _close_window(self, alerts: list[DriftAlert]) -> None:
         self._windows += 1
         if self._distance is not None:

@@ -165,6 +165,23 @@ def test_the_same_rows_give_the_same_alerts(reference: dict[str, np.ndarray]) ->
     assert runs[0][0]
 
 
+def test_it_is_known_how_many_rows_raise_no_alert(reference: dict[str, np.ndarray]) -> None:
+    monitor = DriftMonitor(CONFIG, NAMES, reference)
+    rows = market_rows(CALM_ROWS + SHIFTED_ROWS, seed=1)
+    rows[CALM_ROWS:] = shifted(rows[CALM_ROWS:], 2.0)
+    errors = divergences(len(rows))
+    errors[::7] = np.nan
+    errors[CALM_ROWS:] *= 3.0
+    told = []
+    for row, error in zip(rows, errors.tolist(), strict=True):
+        last = monitor.rows_to_verdict == 1
+        assert monitor.rows_to_verdict >= 1
+        alerts = monitor.observe(row, error, None)
+        assert last or not alerts
+        told += alerts
+    assert {alert.kind for alert in told} == {"input", "divergence"}
+
+
 def test_a_reset_forgets_everything(calm: DriftMonitor, reference: dict[str, np.ndarray]) -> None:
     monitor = copy.deepcopy(calm)
     run(monitor, shifted(market_rows(SHIFTED_ROWS, seed=4), 1.0), np.full(SHIFTED_ROWS, 1.0))
