@@ -32,8 +32,9 @@ from engine.config import Config, default_config
 from engine.digest import Digest
 from engine.drift import DriftConfig
 from engine.pipeline import Pipeline
+from engine.shadow_models import Models
 from engine.shadow_ring import FRESH
-from engine.shadow_worker import Models, alert_text
+from engine.shadow_worker import alert_text
 from engine.trust_events import DRIFT, RECALIBRATION, SHADOW_UP, SWAP, Control, ShadowAnswer
 from feeds import codec, sync, tape, wire
 from feeds.errors import InputError

@@ -23,72 +23,17 @@ import msgspec
 import numpy as np
 
 from engine import shadow_ring as ring
-from engine.backends.registry import open_backend
-from engine.bundle import Bundle, load_bundle
+from engine.bundle import load_bundle
 from engine.cores import be_patient
-from engine.divergence import new_sketch
-from engine.drift import DriftAlert, DriftConfig, DriftMonitor
-from engine.feature_specs import NAMES
-from engine.saturation import SaturationProbe
-from engine.trust_events import SETTLING
+from engine.drift import DriftAlert, DriftConfig
+from engine.shadow_models import Models
+from engine.shadow_watch import Watch
 
 GATHERED_SHARE: Final = 4  # of the ring's rows, the part that waits for no more
 LOOK_NS: Final = 20_000_000  # between two looks at the ring, at most
 MIN_LOOK_NS: Final = 500_000  # a look wakes the process up, some 20 µs of a core
-SETTLE_ROWS: Final = 256  # of a model with state, before its answers count
 STATS_EVERY: Final = 256  # requests
-PROBE_EVERY: Final = 16  # requests
-CALIBRATION_NAME: Final = "calibration.npz"
 NICE: Final = 5  # the hot path comes first where cores are short
-
-
-class Models:
-    """Both models of a bundle, and what watches them."""
-
-    def __init__(self, bundle: Bundle, drift: DriftConfig) -> None:
-        self.bundle = bundle
-        self.fp32 = open_backend("onnx", bundle, "cpu", precision="fp32")
-        self.int8 = open_backend("onnx", bundle, "cpu", precision="int8")
-        self.has_state = bool(bundle.state("int8") or bundle.state("fp32"))
-        self.scores = np.zeros((2, bundle.n_outputs), dtype=np.float32)
-        self._outs = (self.scores[0], self.scores[1])
-        self._ages: dict[int, int] = {}
-        self._probe = SaturationProbe(bundle)
-        reference = {}
-        path = bundle.path / CALIBRATION_NAME
-        if path.is_file():
-            with np.load(path, allow_pickle=False) as file:
-                reference = {name: file[name] for name in file.files}
-        self.monitor = DriftMonitor(drift, NAMES, reference, self._probe.names)
-        self._seen = 0
-        self.sketches = [new_sketch() for _ in range(min(bundle.n_outputs, ring.MAX_OUTPUT_STATS))]
-
-    def answer(self, slot: int, flags: int, x: np.ndarray) -> tuple[int, list[DriftAlert]]:
-        """Run both; returns the answer's flags and what drifts. The scores are in ``scores``."""
-        settling = 0
-        if flags & ring.FRESH:
-            self.fp32.reset(slot)
-            self.int8.reset(slot)
-            self._probe.reset(slot)
-            self._ages[slot] = SETTLE_ROWS
-        elif self.has_state:
-            age = 0 if flags & ring.GAP else self._ages.get(slot, 0)
-            settling = SETTLING if age < SETTLE_ROWS else 0
-            self._ages[slot] = age + 1
-        self.fp32.infer(slot, x, self._outs[0])
-        os.sched_yield()
-        self.int8.infer(slot, x, self._outs[1])
-        os.sched_yield()
-        self._seen += 1
-        saturated = None
-        if self.has_state or self._seen % PROBE_EVERY == 0:
-            saturated = self._probe.shares(slot, x)
-        apart = np.abs(self.scores[0] - self.scores[1])
-        divergence = float(apart.max())
-        if np.isfinite(divergence):
-            for sketch, value in zip(self.sketches, apart.tolist(), strict=False):
-                sketch.add(value)
-        return settling, self.monitor.observe(x[0], divergence, saturated)
 
 
 def serve(
@@ -99,9 +44,6 @@ def serve(
     header[ring.ALIVE_NS] = time.monotonic_ns()
     models = Models(load_bundle(bundle), drift)
     header[ring.READY] = 1
-    row = np.zeros(ring.META, dtype=np.int64)
-    x = np.zeros((1, area.inputs.shape[1]), dtype=np.float32)
-    payload = models.scores.reshape(-1).view(np.uint8)
     done = left = 0
     look_ns = min(LOOK_NS, max(MIN_LOOK_NS, gather_ns // 4))
     many = max(1, len(area.requests) // GATHERED_SHARE)
@@ -111,30 +53,29 @@ def serve(
                 return
             left = ring.gather(header, many, look_ns, gather_ns)
             continue
-        left -= 1
-        header[ring.ALIVE_NS] = time.monotonic_ns()
-        if not ring.pop_request(header, area.requests, area.inputs, row, x):
+        taken = models.answer_waiting(area, left)
+        if taken == 0:
+            left = min(left, area.waiting) if _wait_for_room(area, parent) else 0
             continue
-        flags = int(row[ring.FLAGS])
-        if flags & ring.RELOAD:
-            models = Models(load_bundle(Path(area.text)), drift)
-            payload = models.scores.reshape(-1).view(np.uint8)
-            continue
-        row[ring.FLAGS], alerts = models.answer(int(row[ring.SLOT]), flags, x)
-        _push(area, parent, row, payload)
-        os.sched_yield()
+        left -= taken
+        before, done = done, done + taken - models.reload
+        alerts = models.overdue()
+        if (done - 1) // STATS_EVERY != (before - 1) // STATS_EVERY:
+            alerts += models.catch_up()
+            _publish(area, models.watch)
         for alert in alerts:
-            row[ring.FLAGS] = ring.ALERT
-            row[ring.TICKET] = alert.rows
-            _push(area, parent, row, np.frombuffer(alert_text(alert).encode(), dtype=np.uint8))
-        done += 1
-        if done % STATS_EVERY == 1:
-            state = models.monitor.state()
-            state |= {f"drift_{name}": state[name] for name in ("alerts", "alarms")}
-            for i, name in enumerate(ring.STAT_NAMES):
-                area.stats[i] = state.get(name, 0.0)
-            for i, sketch in enumerate(models.sketches):
-                area.output_stats[i] = [sketch.get_quantile_value(q) or 0.0 for q in (0.5, 0.99)]
+            _push_alert(area, parent, alert)
+        if models.reload:
+            models.close()
+            models = Models(load_bundle(Path(area.text)), drift)
+
+
+def _publish(area: ring.ShadowRing, watch: Watch) -> None:
+    figures = watch.figures()
+    for i, name in enumerate(ring.STAT_NAMES):
+        area.stats[i] = figures.get(name, 0.0)
+    for i, pair in enumerate(watch.quantiles_by_output()):
+        area.output_stats[i] = pair
 
 
 def alert_text(alert: DriftAlert) -> str:
@@ -145,13 +86,26 @@ def alert_text(alert: DriftAlert) -> str:
     )
 
 
-def _push(area: ring.ShadowRing, parent: int, row: np.ndarray, payload: np.ndarray) -> None:
-    """Wait for room: the engine empties its ring, or is gone."""
-    while not ring.push_answer(area.header, area.answers, area.payloads, row, payload):
-        if area.header[ring.STOP] or os.getppid() != parent:
-            return
-        area.header[ring.ALIVE_NS] = time.monotonic_ns()
+def _push_alert(area: ring.ShadowRing, parent: int, alert: DriftAlert) -> None:
+    row = np.zeros(ring.META, dtype=np.int64)
+    row[ring.FLAGS] = ring.ALERT
+    row[ring.TICKET] = alert.rows
+    text = np.frombuffer(
+        bytearray(alert_text(alert).encode()), dtype=np.uint8
+    )  # writable, as typed
+    if _wait_for_room(area, parent):
+        ring.push_answer(area.header, area.answers, area.payloads, row, text)
+
+
+def _wait_for_room(area: ring.ShadowRing, parent: int) -> bool:
+    """Wait until the engine has emptied its ring; False where it stops or is gone."""
+    header = area.header
+    while not (header[ring.STOP] or os.getppid() != parent):
+        if header[ring.ANSWER_HEAD] - header[ring.ANSWER_TAIL] < len(area.answers):
+            return True
+        header[ring.ALIVE_NS] = time.monotonic_ns()
         time.sleep(LOOK_NS / 1e9)
+    return False
 
 
 def main(arguments: list[str]) -> int:
