@@ -28,6 +28,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engine.backends.answers import AnswerQueue
+from engine.backends.ends import Ends
 from engine.backends.exact_proof import plain_session
 from engine.backends.hard_inputs import hard_inputs, input_steps, usual_steps
 from engine.backends.interface import BackendInfo
@@ -40,7 +41,7 @@ from engine.backends.onnx_providers import (
     open_native,
     open_session,
 )
-from engine.backends.onnx_streams import GpuRunner, StatefulRunner, bind_checked, check_arrays
+from engine.backends.onnx_streams import BoundEnds, GpuRunner, StatefulRunner, bind_checked
 from engine.backends.onnx_value_check import ValueCheck, with_taps
 from engine.backends.ort_api import OrtSession
 from engine.bundle import Bundle
@@ -135,8 +136,12 @@ class OnnxBackend:
         elif bundle.state(info.precision):
             self._runner = StatefulRunner(self._session, bundle, info, self._check_outputs)
         self._binding: ort.IOBinding | None = None
-        self._x: np.ndarray | None = None
-        self._out: np.ndarray | None = None
+        self._ends = Ends(info)
+        if self._runner is None:
+            assert self._session is not None
+            self._binding = self._session.io_binding()
+            bind_checked(self._binding, self._check_outputs)
+            self._ends = BoundEnds(info, bundle, [self._binding])
         self._answers = AnswerQueue(bundle.n_outputs)
 
     @classmethod
@@ -319,28 +324,16 @@ class OnnxBackend:
         """What was opened."""
         return self._info
 
-    def _bind(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Let the session read from ``x`` and write to ``out`` in place; both are kept alive."""
-        assert self._session is not None, "this backend is closed"
-        check_arrays(self._info, x, out)
-        binding = self._session.io_binding()
-        binding.bind_input(
-            self._bundle.input_name, "cpu", 0, np.float32, list(x.shape), x.ctypes.data
-        )
-        binding.bind_output(
-            self._bundle.output_name, "cpu", 0, np.float32, [1, *out.shape], out.ctypes.data
-        )
-        bind_checked(binding, self._check_outputs)
-        self._binding, self._x, self._out = binding, x, out
-
     def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> int:
         """Run the model from ``x`` into ``out``; see `Backend.infer`."""
-        # A runner leaves `_x` and `_out` empty, so that a model without one pays nothing for it.
-        if x is not self._x or out is not self._out:
+        # A runner has ends of its own and leaves these empty: without one nothing is paid for it.
+        ends = self._ends
+        if x is not ends.x or out is not ends.out:
             if self._runner is not None:
                 self._runner.infer(stream, x, out)
                 return self._checked(x) if self._looks else self._violations[0]
-            self._bind(x, out)
+            assert self._session is not None, "this backend is closed"
+            ends.take(x, out)
         try:
             self._session.run_with_iobinding(self._binding)  # type: ignore[union-attr]
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -384,4 +377,5 @@ class OnnxBackend:
             self._native.close()
         else:
             self._forget()
-        self._session = self._binding = self._runner = self._x = self._out = None
+        self._session = self._binding = self._runner = None
+        self._ends = Ends(self._info)

@@ -21,6 +21,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
+from engine.backends.ends import Ends
 from engine.backends.interface import BackendInfo
 from engine.backends.native_call import (
     ALIGNMENT,
@@ -30,7 +31,7 @@ from engine.backends.native_call import (
     aligned_bytes,
     copy_bytes,
 )
-from engine.backends.onnx_streams import MAX_STREAMS, check_arrays
+from engine.backends.onnx_streams import MAX_STREAMS
 from engine.backends.ort_api import OrtSession
 from engine.bundle import Bundle
 from engine.handles import pointer
@@ -121,8 +122,7 @@ class NativeRunner:
         info: BackendInfo,
         checked: Mapping[str, np.ndarray],
     ) -> None:
-        self._info = info
-        self._ends = (bundle.input_name, bundle.output_name)
+        self._names = (bundle.input_name, bundle.output_name)
         self._tensors: tuple[StateTensor, ...] = bundle.state(info.precision)
         self._checked = dict(checked)
         self._session: OrtSession | None = session
@@ -143,9 +143,7 @@ class NativeRunner:
         self._fresh = self._fresh_state()
         self._blocks: list[np.ndarray | None] = []
         self._states: list[int] = []
-        self._x: np.ndarray | None = None
-        self._out: np.ndarray | None = None
-        self._x_at = self._out_at = 0
+        self._info, self._ends = info, Ends(info)
 
     def _fresh_state(self) -> np.ndarray:
         """The turn, and set A of a fresh stream."""
@@ -185,8 +183,8 @@ class NativeRunner:
 
     def _bind(self, read: list[np.ndarray], written: list[np.ndarray]) -> int:
         assert self._session is not None
-        inputs = {self._ends[0]: self._own_x}
-        outputs = {self._ends[1]: self._own_out, **self._checked}
+        inputs = {self._names[0]: self._own_x}
+        outputs = {self._names[1]: self._own_out, **self._checked}
         for tensor, before, after in zip(self._tensors, read, written, strict=True):
             inputs[tensor.input], outputs[tensor.output] = before, after
         return self._session.bind(inputs, outputs)
@@ -211,17 +209,18 @@ class NativeRunner:
         RuntimeError
             If ONNX Runtime failed; the stream's state is then unchanged.
         """
-        if x is not self._x or out is not self._out:
-            check_arrays(self._info, x, out)
-            self._x, self._out = x, out
-            self._x_at, self._out_at = int(x.ctypes.data), int(out.ctypes.data)
-        states = self._states
-        state = states[stream] if 0 <= stream < len(states) else 0
+        ends = self._ends
+        if x is not ends.x or out is not ends.out:
+            ends.take(x, out)
+        try:  # nothing is paid for it where the stream has begun
+            state = self._states[stream] if stream >= 0 else 0
+        except IndexError:
+            state = 0
         if not state:
             state = self._begin(stream)
         if self._told[STATUS]:  # of a kernel's step that failed
             self._said()
-        if step(self._x_at, self._out_at, self._arena_at, state) == STEP_FAILED:
+        if step(ends.x_at, ends.out_at, self._arena_at, state) == STEP_FAILED:
             raise RuntimeError(f"inference failed: {self._said()}")
 
     def _said(self) -> str:
@@ -255,4 +254,4 @@ class NativeRunner:
             self._session = None
         self._states.clear()
         self._blocks.clear()
-        self._x = self._out = None
+        self._ends = Ends(self._info)

@@ -15,12 +15,13 @@ Source: ONNX Runtime documentation, "I/O binding"; of the CUDA and TensorRT exec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
 
+from engine.backends.ends import Ends, check_arrays
 from engine.backends.interface import BackendInfo
 from engine.bundle import Bundle
 from engine.manifest import StateTensor
@@ -30,32 +31,55 @@ MAX_STREAMS: Final = 1 << 16
 _State = tuple[np.ndarray, ...]
 
 
-def check_arrays(info: BackendInfo, x: np.ndarray, out: np.ndarray) -> None:
-    """Whether these arrays can be bound: what is bound is read and written without a look."""
-    for array, shape in ((x, info.input_shape), (out, info.output_shape)):
-        assert array.shape == shape, f"shape {array.shape} instead of {shape}"
-        assert array.dtype == np.float32
-        assert array.flags.c_contiguous
-    assert out.flags.writeable
-
-
 def bind_checked(binding: ort.IOBinding, checked: Mapping[str, np.ndarray]) -> None:
     """Let a session write what the value check needs into these arrays."""
     for name, array in checked.items():
         binding.bind_output(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
 
+class BoundEnds(Ends):
+    """`Ends` of a session in the host's memory, bound in each of its bindings.
+
+    Parameters
+    ----------
+    info : BackendInfo
+    bundle : Bundle
+        For the names of input and output.
+    bindings : sequence of onnxruntime.IOBinding
+
+    Attributes
+    ----------
+    bindings : tuple of onnxruntime.IOBinding
+    """
+
+    __slots__ = ("_names", "bindings")
+
+    def __init__(
+        self, info: BackendInfo, bundle: Bundle, bindings: Sequence[ort.IOBinding]
+    ) -> None:
+        super().__init__(info)
+        self._names = (bundle.input_name, bundle.output_name)
+        self.bindings = tuple(bindings)
+
+    def take(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Bind these two; see `Ends.take`."""
+        super().take(x, out)
+        self.x = None  # until both are bound
+        for binding in self.bindings:
+            binding.bind_input(self._names[0], "cpu", 0, np.float32, list(x.shape), self.x_at)
+            binding.bind_output(self._names[1], "cpu", 0, np.float32, [1, *out.shape], self.out_at)
+        self.x = x
+
+
 class _Stream:
     """State arrays and bindings of one instrument; ``turn`` names the set that is read next."""
 
-    __slots__ = ("bindings", "out", "sets", "turn", "x")
+    __slots__ = ("ends", "sets", "turn")
 
-    def __init__(self, sets: tuple[_State, _State], bindings: tuple[ort.IOBinding, ...]) -> None:
+    def __init__(self, sets: tuple[_State, _State], ends: BoundEnds) -> None:
         self.sets = sets
-        self.bindings = bindings
+        self.ends = ends
         self.turn = 0
-        self.x: np.ndarray | None = None
-        self.out: np.ndarray | None = None
 
 
 class StatefulRunner:
@@ -80,8 +104,7 @@ class StatefulRunner:
     ) -> None:
         self._session = session
         self._info = info
-        self._input_name = bundle.input_name
-        self._output_name = bundle.output_name
+        self._bundle = bundle
         self._state: tuple[StateTensor, ...] = bundle.state(info.precision)
         self._checked = checked
         self._streams: dict[int, _Stream] = {}
@@ -103,11 +126,12 @@ class StatefulRunner:
         own = self._streams.get(stream)
         if own is None:
             own = self._make(stream)
-        if x is not own.x or out is not own.out:
-            self._bind(own, x, out)
+        ends = own.ends
+        if x is not ends.x or out is not ends.out:
+            ends.take(x, out)
         turn = own.turn
         try:
-            self._session.run_with_iobinding(own.bindings[turn])
+            self._session.run_with_iobinding(ends.bindings[turn])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise RuntimeError(f"inference failed: {error}") from None
         own.turn = 1 - turn
@@ -132,28 +156,20 @@ class StatefulRunner:
     def _make(self, stream: int) -> _Stream:
         assert 0 <= stream < MAX_STREAMS, f"stream {stream} of at most {MAX_STREAMS}"
         sets = tuple(tuple(t.fresh() for t in self._state) for _ in range(2))
-        own = _Stream((sets[0], sets[1]), tuple(self._session.io_binding() for _ in range(2)))
-        self._bind_state(own)
+        bindings = [self._bind(sets[turn], sets[1 - turn]) for turn in range(2)]
+        own = _Stream((sets[0], sets[1]), BoundEnds(self._info, self._bundle, bindings))
         self._streams[stream] = own
         return own
 
-    def _bind_state(self, own: _Stream) -> None:
-        for turn, binding in enumerate(own.bindings):
-            for i, tensor in enumerate(self._state):
-                dtype, shape = np.dtype(tensor.dtype).type, list(tensor.shape)
-                read, written = own.sets[turn][i], own.sets[1 - turn][i]
-                binding.bind_input(tensor.input, "cpu", 0, dtype, shape, read.ctypes.data)
-                binding.bind_output(tensor.output, "cpu", 0, dtype, shape, written.ctypes.data)
-            bind_checked(binding, self._checked)
-
-    def _bind(self, own: _Stream, x: np.ndarray, out: np.ndarray) -> None:
-        check_arrays(self._info, x, out)
-        for binding in own.bindings:
-            binding.bind_input(self._input_name, "cpu", 0, np.float32, list(x.shape), x.ctypes.data)
-            binding.bind_output(
-                self._output_name, "cpu", 0, np.float32, [1, *out.shape], out.ctypes.data
-            )
-        own.x, own.out = x, out
+    def _bind(self, read: _State, written: _State) -> ort.IOBinding:
+        """A binding of all but the ends."""
+        binding = self._session.io_binding()
+        for tensor, before, after in zip(self._state, read, written, strict=True):
+            dtype, shape = np.dtype(tensor.dtype).type, list(tensor.shape)
+            binding.bind_input(tensor.input, "cpu", 0, dtype, shape, before.ctypes.data)
+            binding.bind_output(tensor.output, "cpu", 0, dtype, shape, after.ctypes.data)
+        bind_checked(binding, self._checked)
+        return binding
 
 
 class GpuRunner:

@@ -15,11 +15,11 @@ import numpy as np
 from engine.backends.compiled.isa import DEVICE, available_isas, choose_isa
 from engine.backends.compiled.native_step import native_step
 from engine.backends.compiled.planning import Planner
+from engine.backends.ends import Ends
 from engine.backends.graph_backend import MAX_STREAMS, GraphBackend
 from engine.backends.integer_graph import IntegerGraph
 from engine.backends.interface import BackendInfo
 from engine.backends.native_call import NativeModel, aligned_bytes
-from engine.backends.onnx_streams import check_arrays
 from engine.bundle import Bundle
 
 
@@ -107,9 +107,7 @@ class CompiledBackend(GraphBackend):
         self._native = device
         # What a step needs, one look away.
         self._run, self._arena, self._states = device.run, device.arena, device.states
-        self._x: np.ndarray | None = None
-        self._out: np.ndarray | None = None
-        self._x_at = self._out_at = 0
+        self._ends = Ends(info)
 
     @classmethod
     def devices(cls) -> tuple[str, ...]:
@@ -128,25 +126,22 @@ class CompiledBackend(GraphBackend):
 
     def infer(self, stream: int, x: np.ndarray, out: np.ndarray) -> int:
         """Run the model from ``x`` into ``out``; see `Backend.infer`."""
-        if x is not self._x or out is not self._out:
-            self._bind(x, out)
-        states = self._states
-        state = states[stream] if 0 <= stream < len(states) else 0
+        ends = self._ends
+        if x is not ends.x or out is not ends.out:
+            ends.take(x, out)
+        try:  # nothing is paid for it where the stream has begun
+            state = self._states[stream] if stream >= 0 else 0
+        except IndexError:
+            state = 0
         if not state:
             state = self._native.begin(stream)
-        return self._run(self._x_at, self._out_at, self._arena, state)
+        return self._run(ends.x_at, ends.out_at, self._arena, state)
 
     def native_model(self, n_streams: int) -> NativeModel:
         """The model as `engine.answering.serve` calls it; good until this backend is closed."""
         return self._native.model(n_streams)
 
-    def _bind(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Read from ``x`` and write to ``out`` from now on; both are kept alive."""
-        check_arrays(self._info, x, out)
-        self._x, self._out = x, out
-        self._x_at, self._out_at = int(x.ctypes.data), int(out.ctypes.data)
-
     def close(self) -> None:
-        """Drop streams and the bound arrays."""
+        """Drop streams and the caller's arrays."""
         super().close()
-        self._x = self._out = None
+        self._ends = Ends(self._info)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self
 
 import numpy as np
 
+from engine.backends.ends import check_arrays
 from engine.backends.fpga.vollo_program import (
     check_program,
     find_program,
@@ -39,7 +40,6 @@ from engine.backends.fpga.vollo_program import (
 )
 from engine.backends.interface import Backend, BackendInfo
 from engine.backends.onnx import OnnxBackend
-from engine.backends.onnx_streams import check_arrays
 from engine.bundle import Bundle
 from engine.trust import CHECK_INPUT, CHECK_OUTPUT
 from feeds.errors import InputError

@@ -20,6 +20,7 @@ from typing import Any, Final, NoReturn, Self
 import numpy as np
 
 from engine.backends.check_groups import input_mask
+from engine.backends.ends import check_arrays
 from engine.backends.fpga.xrt_kernel import (
     ANSWER_WITHIN_MS,
     RESET,
@@ -34,7 +35,6 @@ from engine.backends.graph_reference import GraphReference
 from engine.backends.integer_graph import CODE_MAX, IntegerGraph
 from engine.backends.interface import BackendInfo
 from engine.backends.lowering import lower_bundle
-from engine.backends.onnx_streams import check_arrays
 from engine.bundle import Bundle
 from feeds.errors import InputError
 
