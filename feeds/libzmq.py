@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from zmq.backend import zmq_errno
 
+from feeds.c_functions import INT, WORD, c_function
 from feeds.errors import InputError
 
 # Columns of what `functions` gives.
@@ -64,11 +65,8 @@ def functions() -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.inttoptr(address, ir.IntType(8).as_pointer())
-
-
 @intrinsic
+@c_function(INT, [WORD, WORD, WORD, INT])
 def transfer(typingctx: Any, function: Any, socket: Any, at: Any, n_bytes: Any, flags: Any) -> Any:
     """``zmq_recv`` or ``zmq_send`` of one frame at an address.
 
@@ -77,23 +75,6 @@ def transfer(typingctx: Any, function: Any, socket: Any, at: Any, n_bytes: Any, 
     int
         Bytes of the frame, also where a received one was cut to ``n_bytes``; or -1.
     """
-    signature = types.int64(*[types.int64] * 5)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        small, number, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(small, [pointer, pointer, number, small])
-        called = builder.call(
-            builder.inttoptr(args[0], kind.as_pointer()),
-            [
-                _pointer(builder, args[1]),
-                _pointer(builder, args[2]),
-                args[3],
-                builder.trunc(args[4], small),
-            ],
-        )
-        return builder.sext(called, number)
-
-    return signature, codegen
 
 
 @intrinsic
@@ -102,34 +83,19 @@ def more_follows(typingctx: Any, function: Any, socket: Any) -> Any:
     signature = types.int64(types.int64, types.int64)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        small, number, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        value = cgutils.alloca_once(builder, small)
-        size = cgutils.alloca_once(builder, number)
-        builder.store(small(0), value)
-        builder.store(number(_INT_BYTES), size)
-        kind = ir.FunctionType(small, [pointer, small, pointer, number.as_pointer()])
-        builder.call(
-            builder.inttoptr(args[0], kind.as_pointer()),
-            [
-                _pointer(builder, args[1]),
-                small(_RCVMORE),
-                builder.bitcast(value, pointer),
-                size,
-            ],
-        )
-        return builder.zext(builder.load(value), number)
+        value = cgutils.alloca_once(builder, INT)
+        size = cgutils.alloca_once(builder, WORD)
+        builder.store(INT(0), value)
+        builder.store(WORD(_INT_BYTES), size)
+        kind = ir.FunctionType(INT, [WORD, INT, value.type, size.type])
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, [args[1], INT(_RCVMORE), value, size])
+        return builder.zext(builder.load(value), WORD)
 
     return signature, codegen
 
 
 @intrinsic
+@c_function(INT, [])
 def last_error(typingctx: Any, function: Any) -> Any:
     """``zmq_errno`` of this thread."""
-    signature = types.int64(types.int64)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        called = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
-        return builder.sext(called, ir.IntType(64))
-
-    return signature, codegen

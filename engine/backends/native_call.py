@@ -14,6 +14,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from feeds.c_functions import WORD, c_function
+
 # Columns of `native`, int64: a model as a kernel runs it.
 STEP: Final = 0  # address of the step
 X: Final = 1  # of its input, float32
@@ -59,16 +61,9 @@ def aligned_bytes(size: int) -> np.ndarray:
 
 
 @intrinsic
+@c_function(WORD, [WORD] * 4)
 def run_step(typingctx, step, x, out, arena, state):  # type: ignore[no-untyped-def]
     """One step of the code at an address: the mask of the value check, or `STEP_FAILED`."""
-    signature = types.int64(*[types.int64] * 5)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        number = ir.IntType(64)
-        kind = ir.FunctionType(number, [number] * 4)
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-
-    return signature, codegen
 
 
 @intrinsic

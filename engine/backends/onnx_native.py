@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-import llvmlite.ir as ir
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, njit
 from numba.extending import intrinsic
 
 from engine.backends.ends import Ends
@@ -36,6 +35,7 @@ from engine.backends.ort_api import OrtSession
 from engine.bundle import Bundle
 from engine.handles import pointer
 from engine.manifest import StateTensor
+from feeds.c_functions import WORD, c_function
 
 # Columns of the arena, int64.
 RUN: Final = 0  # address of the function that runs a binding
@@ -53,16 +53,9 @@ _BINDINGS: Final = 2  # int64, `ALIGNMENT` before a stream's state
 
 
 @intrinsic
+@c_function(WORD, [WORD] * 3)
 def _run_binding(typingctx, function, session, options, binding):  # type: ignore[no-untyped-def]
     """``RunWithBinding``; gives a status, 0 for success."""
-    signature = types.int64(*[types.int64] * 4)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        number = ir.IntType(64)
-        kind = ir.FunctionType(number, [number] * 3)
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-
-    return signature, codegen
 
 
 @njit("int64(int64, int64, int64, int64)", cache=True)
