@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ import onnx
 from benchmarks.agreement import Agreement, hold_against, write_script
 from benchmarks.contest import Lane, Timing, time_in_turn
 from benchmarks.power import Power, counter_of
-from benchmarks.provenance import commit, machine, versions
+from benchmarks.provenance import provenance
 from benchmarks.rivals import Rival, open_rivals
 from engine.backends.compiled.isa import DEVICE, ISAS
 from engine.backends.hard_inputs import hard_inputs, input_steps
@@ -190,14 +189,7 @@ def bench_backends(
         bundle = load_bundle(path)
         measured.append(_contest(bundle, tried, rounds, vectors, rivals, progress))
     jitter = measure_jitter(JITTER_S)
-    said: dict[str, Any] = {
-        "rounds": rounds,
-        "jitter": jitter,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat("T", "seconds"),
-    }
+    said = {"rounds": rounds, "jitter": jitter, **provenance()}
     return [_row(entry, entries, said) for entries in measured for entry in entries]
 
 

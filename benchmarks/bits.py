@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -17,7 +16,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.untrained import make_untrained
 from engine.backends.exact_proof import plain_session
 from engine.backends.graph_reference import GraphReference
@@ -88,8 +87,7 @@ def bench_bits(
                 progress(f"{arch}: {what}", (i + share) / len(ARCHS))
 
             rows += _bits_of(load_bundle(path), arch, vectors, slow_vectors, tell)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return BitsBench(tuple(rows), machine(), versions(), commit(), date)
+    return BitsBench(tuple(rows), **provenance())
 
 
 def _bits_of(

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from benchmarks.provenance import RECORDING, ROOT, VENUE, commit, machine, recorded, versions
+from benchmarks.provenance import RECORDING, ROOT, VENUE, provenance, recorded
 from engine.jitter import measure_jitter
 from feeds.errors import InputError
 
@@ -92,8 +91,5 @@ def bench_convert(path: Path | None, venue: str | None, runs: int) -> ConvertBen
         seconds=[run["seconds"] for run in counted],
         jitter_p99_us=jitter.p99_ns / 1e3,
         jitter_max_us=jitter.max_ns / 1e3,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )

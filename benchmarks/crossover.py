@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ import msgspec
 
 from benchmarks.backends import backend_lane, timed_rows
 from benchmarks.contest import time_in_turn
-from benchmarks.provenance import commit, machine, versions
+from benchmarks.provenance import provenance
 from benchmarks.rivals import onnx_runtime
 from benchmarks.untrained import draw_network, make_untrained
 from engine.backends.registry import open_backend
@@ -88,10 +87,7 @@ def bench_crossover(
         rows,
         crossings(rows),
         measure_jitter(JITTER_S),
-        machine(),
-        versions(),
-        commit(),
-        datetime.now(UTC).isoformat("T", "seconds"),
+        **provenance(),
     )
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from benchmarks.provenance import VENUE, commit, machine, recorded, versions
+from benchmarks.provenance import VENUE, provenance, recorded
 from feeds.errors import InputError
 
 RECORDING: Final = Path("binance/usdm_btcusdt_20240808.gz")
@@ -73,5 +72,4 @@ def bench_deeplob(*, progress: Callable[[str], Any] = lambda _: None) -> DeepLob
                     "p50_us_fp32": measured["fp32_us"][0],
                 }
             )
-    now = datetime.now(UTC).isoformat("T", "seconds")
-    return DeepLobBench(found, machine(), versions(), commit(), now)
+    return DeepLobBench(found, **provenance())

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +29,7 @@ import numpy as np
 
 from benchmarks import feature_kernels as kernels
 from benchmarks.feature_stages import COMPUTE, GROUPS, TABLE, Stage
-from benchmarks.provenance import commit, machine, versions
+from benchmarks.provenance import provenance
 from benchmarks.replay import pin
 from benchmarks.source_tape import default_tape
 from engine import features
@@ -329,10 +328,7 @@ def bench_features(
         runs=runs,
         core=core,
         jitter=jitter,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat("T", "seconds"),
+        **provenance(),
     )
 
 

@@ -12,9 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +31,7 @@ from benchmarks.crossover import (
     show_widths,
     time_widths,
 )
-from benchmarks.provenance import commit, machine, versions
+from benchmarks.provenance import provenance
 from benchmarks.rivals import RIVALS
 from benchmarks.untrained import draw_network, make_untrained
 from engine.backends.registry import open_backend
@@ -177,10 +175,7 @@ def bench_inference(
         runs,
         empty_us,
         measure_jitter(JITTER_S),
-        machine(),
-        versions() | {name: _version(name) for name in FURTHER_PACKAGES},
-        commit(),
-        datetime.now(UTC).isoformat("T", "seconds"),
+        **provenance(FURTHER_PACKAGES),
     )
 
 
@@ -268,13 +263,6 @@ def _reason(error: InputError, bundle: Bundle) -> str:
     """One line without the temporary folder, which says nothing."""
     text = str(error).replace(f"{bundle.path}/", "").replace(str(bundle.path), bundle.name)
     return " ".join(text.split())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def show(result: InferenceBench) -> None:

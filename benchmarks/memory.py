@@ -6,14 +6,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.provenance import REFERENCE, provenance
 from feeds.errors import InputError
 from feeds.simulator import Simulator
 from replay.session import replay_tapes
@@ -97,8 +96,5 @@ def bench_memory(
         rss_end_mb=round(float(settled[-1, 1]), 1),
         growth_mb=round(float(slope * (settled[-1, 0] - settled[0, 0])), 2),
         digest=report.digest,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )

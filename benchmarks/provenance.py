@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,10 +42,10 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the speed."""
+def versions(further: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of the packages that decide the speed, and of ``further`` ones."""
     found = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *further):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -67,11 +68,17 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def provenance() -> dict[str, Any]:
-    """What a result says of itself: machine, versions, commit and date."""
+def provenance(further: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result says of itself: machine, versions, commit and date.
+
+    Parameters
+    ----------
+    further : sequence of str
+        Packages whose versions count here, beside those that always do.
+    """
     return {
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(further),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -10,13 +10,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from benchmarks.provenance import ROOT, commit, machine, versions
+from benchmarks.provenance import ROOT, provenance
 
 CALIBRATION_ROWS: Final = (1_000, 10_000, 100_000)
 # A process of its own for each: what counts is the greatest resident memory of one calibration.
@@ -97,10 +96,7 @@ def bench_calibration(
     return CalibrationBench(
         str(run),
         found,
-        machine(),
-        versions(),
-        commit(),
-        datetime.now(UTC).isoformat("T", "seconds"),
+        **provenance(),
     )
 
 

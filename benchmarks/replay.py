@@ -25,8 +25,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -35,12 +33,7 @@ import numpy as np
 from benchmarks.book_replay import DROPPED_LEVELS, LEVELS, MESSAGES, BookReplay, Records
 from benchmarks.dict_book import DictBooks
 from benchmarks.hftbacktest_rival import HftBacktest
-from benchmarks.provenance import (
-    REFERENCE,
-    commit,
-    machine,
-    versions,
-)
+from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.replay_report import ReplayBench, RivalRuns, Runs
 from benchmarks.source_tape import source_tape
 from engine.backends.registry import open_backend
@@ -180,11 +173,7 @@ def bench_replay(
         core=core,
         jitter_p99_us=jitter.p99_ns / 1e3,
         jitter_max_us=jitter.max_ns / 1e3,
-        machine=machine(),
-        versions=versions()
-        | ({"hftbacktest": version("hftbacktest")} if "hftbacktest" in others else {}),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(("hftbacktest",) if "hftbacktest" in others else ()),
     )
 
 

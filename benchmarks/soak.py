@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +21,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.live_engine import INSTRUMENTS, LiveEngine, live_engine
-from benchmarks.provenance import REFERENCE, commit, machine, versions
+from benchmarks.provenance import REFERENCE, provenance
 from benchmarks.recorded_peak import Peak, recorded_peak
 from benchmarks.signal_latency import Latencies, latency_windows
 from benchmarks.slopes import Slope, block_medians, drift, theil_sen
@@ -247,10 +246,7 @@ def bench_soak(
         backend=backend,
         tape_bytes=tape_bytes,
         jitter=jitter,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )
 
 

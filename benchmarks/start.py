@@ -7,7 +7,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.processes import Lines, children, last_json, octick, stop
-from benchmarks.provenance import ROOT, commit, machine, versions
+from benchmarks.provenance import ROOT, provenance
 from engine.control import Command, ask
 from engine.jitter import Jitter, measure_jitter
 from feeds.compile_cache import use_compile_cache
@@ -132,10 +131,7 @@ def bench_start(
         imports_s=import_times(lines),
         config=CONFIG.name,
         jitter=jitter,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )
 
 

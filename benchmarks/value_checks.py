@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from benchmarks.provenance import commit, machine, versions
+from benchmarks.provenance import provenance
 from engine.backends.onnx_providers import session_options
 from engine.backends.qdq_graph import without_checks
 from engine.bundle import Bundle, load_bundle
@@ -89,7 +88,7 @@ def bench_value_checks(
             expected="checks in its manifest",
             fix="quantise it again with 'octick model quantize'",
         )
-    found = {}
+    found: dict[str, Any] = {}
     for precision in PRECISIONS:
         progress(f"{precision}, {rounds} rounds")
         found[precision] = _cost(loaded, precision, rounds)
@@ -97,10 +96,7 @@ def bench_value_checks(
         str(bundle),
         rounds,
         **found,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat("T", "seconds"),
+        **provenance(),
     )
 
 
