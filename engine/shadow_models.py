@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from engine import shadow_ring as ring
+from engine.backends.interface import Backend
 from engine.backends.native_call import ARENA, FRESH, NATIVE_FIELDS, STATE_BYTES, STEP
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle
@@ -30,9 +31,18 @@ from engine.shadow_stretch import (
     begin_step,
 )
 from engine.shadow_watch import Watch
+from feeds.errors import InputError
 
 KEPT_ROWS: Final = 64  # answers that what watches them may lie behind
 KEPT_ROWS_STATE: Final = 16  # of a model with state, whose every step is looked into
+
+
+def _open_int8(bundle: Bundle) -> Backend:
+    """The INT8 model in the exact backend that takes the least of a core."""
+    try:
+        return open_backend("compiled", bundle, "cpu", precision="int8")
+    except InputError:  # a graph that it does not know
+        return open_backend("onnx", bundle, "cpu", precision="int8")
 
 
 class Models:
@@ -53,9 +63,8 @@ class Models:
     """
 
     def __init__(self, bundle: Bundle, drift: DriftConfig) -> None:
-        self._backends = tuple(
-            open_backend("onnx", bundle, "cpu", precision=name) for name in ("fp32", "int8")
-        )
+        fp32 = open_backend("onnx", bundle, "cpu", precision="fp32")
+        self._backends = (fp32, _open_int8(bundle))
         assert len(self._backends) == MODELS
         self.watch = Watch(bundle, drift)
         self.reload = False

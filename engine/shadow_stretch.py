@@ -6,6 +6,9 @@ several times what it costs in a loop. So a stretch takes no Python: each reques
 ring, answered by both models, one inference of batch 1 each, and its answer is given back before
 the next is looked at.
 
+Where cores are short, whoever is woken for a message waits behind a long stretch. So it rests now
+and then, unless too many requests wait for that.
+
 Source: sched_yield(2).
 """
 
@@ -38,15 +41,21 @@ from engine.shadow_ring import (
     GAP,
     META,
     RELOAD,
+    REQUEST_HEAD,
+    REQUEST_TAIL,
     SLOT,
     STOP,
     pop_request,
     push_answer,
 )
 from engine.trust_events import SETTLING
+from engine.waiting import wait_for
 from feeds.monotonic import monotonic_ns
 
 MODELS: Final = 2  # the FP32 twin first
+SPRINT_ROWS: Final = 8  # answers in a row, some 120 µs
+REST_NS: Final = 1_000_000  # behind them
+PRESSED_SHARE: Final = 2  # of the ring's rows, the part from which on there is no rest
 SETTLE_ROWS: Final = 256  # of a model with state, before its answers count
 # What `answer_stretch` leaves to Python, in ``left``: nothing, or the request in the row behind
 # the last one that is answered. From `FAILED` on it says which model's step is to be taken again.
@@ -140,7 +149,13 @@ def answer_stretch(h, at, stop, has_state):  # type: ignore[no-untyped-def]
     answer = carray(pointer(h[55], np.int64), (h[56],))
     left = carray(pointer(h[60], np.int64), (h[61],))
     left[0] = NOTHING
+    sprint = 0
     while at < stop:
+        waiting = header[REQUEST_HEAD] - header[REQUEST_TAIL]
+        if sprint == SPRINT_ROWS:
+            sprint = 0
+            if 0 < waiting < len(requests) // PRESSED_SHARE:
+                wait_for(0, 0, REST_NS)
         if header[STOP] != 0 or header[ANSWER_HEAD] - header[ANSWER_TAIL] >= len(answers):
             return at
         header[ALIVE_NS] = monotonic_ns()
@@ -168,4 +183,5 @@ def answer_stretch(h, at, stop, has_state):  # type: ignore[no-untyped-def]
         payload = carray(pointer(scores_at, np.uint8), (MODELS * score_bytes,))
         push_answer(header, answers, payloads, answer, payload)
         at += 1
+        sprint += 1
     return at

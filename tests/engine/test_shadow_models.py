@@ -8,14 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from engine import shadow_models
 from engine import shadow_ring as ring
+from engine.backends.interface import Backend
 from engine.backends.onnx import OnnxBackend
+from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
 from engine.drift import DriftAlert, DriftConfig
 from engine.shadow_models import Models
 from engine.shadow_stretch import SETTLE_ROWS
 from engine.shadow_watch import Watch
 from engine.trust_events import SETTLING
+from feeds.errors import InputError
 from tests.conftest import ROOT
 from tests.engine import onnx_sessions
 from tests.engine.bundles import make_bundle
@@ -57,6 +61,18 @@ def native() -> Open:
     if onnx_sessions.find_api() is None:
         pytest.skip("this ONNX Runtime does not bring its C functions")
     return Models
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that the compiled backend does not know."""
+
+    def refuse(name: str, *rest: object, **options: object) -> Backend:
+        if name == "compiled":
+            raise InputError("a graph that is not compiled", where="the test")
+        return open_backend(name, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shadow_models, "open_backend", refuse)
 
 
 def requests(bundle: Bundle, count: int = COUNT, shift_from: int = COUNT) -> list[Request]:
@@ -233,6 +249,7 @@ def test_it_stops_behind_a_reload_and_where_it_is_told_to(bundle: Bundle, opened
     assert engine.taken() == []
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("which", [0, 1], ids=["fp32", "int8"])
 def test_a_step_that_fails_is_taken_again_and_told_where_it_fails_again(
     native: Open, bundle: Bundle, which: int
