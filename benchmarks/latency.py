@@ -24,6 +24,7 @@ from benchmarks.source_tape import source_tape
 from benchmarks.stages import Stage, time_stages
 from benchmarks.wire_setup import ECHO, ENGINE, SHADOW_EVERY, WARM_SHARE, Turn, Wired, wired
 from engine.jitter import Jitter, measure_jitter
+from engine.wakes import Wakes, measure_wakes
 from feeds.tape_reader import TapeReader
 from replay.session import choose_config
 
@@ -66,6 +67,19 @@ class Cell(msgspec.Struct, frozen=True):
     echo_lost: int
 
 
+class WakeControl(msgspec.Struct, frozen=True):
+    """What waking a thread took on this host, in microseconds; see `engine.wakes`.
+
+    ``call_…`` is part of every signal that is sent, ``run_…`` of every hop over the wire.
+    """
+
+    call_p50_us: float
+    call_p99_us: float
+    run_p50_us: float
+    run_p99_us: float
+    n: int
+
+
 class LatencyBench(msgspec.Struct, frozen=True):
     """Result of ``octick bench latency``; the first figures are those of `HEADLINE`.
 
@@ -76,6 +90,7 @@ class LatencyBench(msgspec.Struct, frozen=True):
     wire: Quantiles
     echo: Quantiles
     jitter: Quantiles
+    wake: WakeControl
     wire_over_echo_p50: float
     wire_over_echo_p99: float
     cells: list[Cell]
@@ -154,7 +169,7 @@ def bench_latency(
     with idle_cores(let_sleep=let_sleep) as cores, source_tape(path) as (source, name):
         arrivals = arrivals_of(source)
         progress("measuring the host")
-        jitter = [measure_jitter(JITTER_S)]
+        jitter, wakes = [measure_jitter(JITTER_S)], [measure_wakes()]
         stages: list[Stage] = []
         if backend == "compiled":
             progress("stage by stage")
@@ -175,6 +190,7 @@ def bench_latency(
                         progress(f"{transport}, {_load(rate)}: run {run + 1} of {runs}")
                         turns[rate].append(_turns(on, schedule, engine_first=run % 2 == 0))
                 jitter.append(measure_jitter(JITTER_S))
+                wakes.append(measure_wakes())
                 on.finish()
                 totals.append(on.totals)
                 inside = signal_rows(on.tape)
@@ -190,6 +206,7 @@ def bench_latency(
         wire=first.wire,
         echo=first.echo,
         jitter=_jitter(jitter),
+        wake=_wake(wakes),
         wire_over_echo_p50=first.wire_over_echo_p50,
         wire_over_echo_p99=first.wire_over_echo_p99,
         cells=cells,
@@ -284,6 +301,18 @@ def _jitter(measured: Sequence[Jitter]) -> Quantiles:
     return _rounded(middle, sum(one.readings for one in measured))
 
 
+def _wake(measured: Sequence[Wakes]) -> WakeControl:
+    rows = [(one.call_p50_ns, one.call_p99_ns, one.run_p50_ns, one.run_p99_ns) for one in measured]
+    call_p50, call_p99, run_p50, run_p99 = np.median(np.array(rows), axis=0).round().tolist()
+    return WakeControl(
+        call_p50_us=call_p50 / 1e3,
+        call_p99_us=call_p99 / 1e3,
+        run_p50_us=run_p50 / 1e3,
+        run_p99_us=run_p99 / 1e3,
+        n=sum(one.wakes for one in measured),
+    )
+
+
 def show(result: LatencyBench) -> None:
     """Print the result as a table."""
     from rich.table import Table
@@ -313,7 +342,7 @@ def show(result: LatencyBench) -> None:
             "stages, median ns: "
             + ", ".join(f"{one.stage} {one.p50_ns:,}" for one in result.stages)
         )
-    jitter = result.jitter
+    jitter, wake = result.jitter, result.wake
     console.print(
         f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording and "
         f"value check on, shadow on 1 in {result.shadow_every}"
@@ -323,5 +352,9 @@ def show(result: LatencyBench) -> None:
         f"host jitter: p50 {jitter.p50_us:.2f} µs, p99 {jitter.p99_us:.2f} µs, max "
         f"{jitter.max_us:,.0f} µs; {result.machine['cpu']}; "
         + ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    )
+    console.print(
+        f"to wake a thread: the call p50 {wake.call_p50_us:.1f} µs, p99 {wake.call_p99_us:.1f} µs; "
+        f"until it runs p50 {wake.run_p50_us:.1f} µs, p99 {wake.run_p99_us:.1f} µs"
     )
     console.print(f"commit {result.commit or 'none'}, {result.date}")

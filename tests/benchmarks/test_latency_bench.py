@@ -125,6 +125,9 @@ def test_latency_stands_beside_an_echo_of_the_same_messages(market: Path) -> Non
         assert isinstance(part, dict)
         assert 0 < part["p50_us"] <= part["p99_us"] <= part["max_us"]
         assert part["n"] > 0
+    wake = result["wake"]
+    assert isinstance(wake, dict)
+    assert 0 < wake["call_p50_us"] <= wake["call_p99_us"] < wake["run_p99_us"]
     cells = result["cells"]
     assert isinstance(cells, list)
     assert [cell["load"] for cell in cells] == ["500/s", "as recorded"]
