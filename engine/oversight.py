@@ -244,12 +244,10 @@ class Oversight:
         self._halted_by_file = there
 
     def look(self) -> None:
-        """Take what the shadow says, where it is time to.
+        """Take what the shadow says and the hot path has left, where it is time to.
 
         Called right behind a message: what this needs is in the caches then, and it takes a third
-        of what it takes at any other moment, in which the next message might come. The shadow
-        answers a dozen inferences in a row; a few are taken now and the others behind the messages
-        that follow.
+        of what it takes at any other moment, in which the next message might come.
         """
         if self.shadow is not None and time.monotonic_ns() >= self.look_ns:
             self._poll_shadow(ANSWERS_A_LOOK)

@@ -23,6 +23,7 @@ from feeds.tape import (
 
 WINDOW_BYTES: Final = 1 << 25
 TOUCH_BYTES: Final = 1 << 17  # of a window that are touched at a time: at worst, two milliseconds
+AHEAD_BYTES: Final = 1 << 19  # touched ahead, where there are turns enough to
 
 
 class TapeWriter:
@@ -122,10 +123,11 @@ class TapeWriter:
         The system gives a page of the file when it is first written to, some 25 µs for one by
         itself and less than 1 in a row. To be called where nobody waits.
         """
-        if self._touched - self.position < TOUCH_BYTES // 2:
+        begin = max(self.position, self._touched)
+        if begin - self.position < AHEAD_BYTES - TOUCH_BYTES // 2:
             page = mmap.PAGESIZE
-            first = -(-max(self.position, self._touched) // page) * page
-            self._touched = min(self.position + TOUCH_BYTES, len(self.arena))
+            first = -(-begin // page) * page
+            self._touched = min(first + TOUCH_BYTES, len(self.arena))
             self.arena[first : self._touched : page] = 0
 
     def advance(self, position: int, records: int = 1) -> None:
