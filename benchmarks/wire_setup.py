@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.processes import Lines, children, last_json, octick, stop
 from benchmarks.provenance import ROOT
 from engine.bundle import load_bundle
+from engine.cores import only_on
 from engine.signals import AT_OUTPUTS
 from feeds import codec
 from feeds.errors import InputError
@@ -54,8 +55,9 @@ class _End:
     def __init__(
         self, alive: list[subprocess.Popen[str]], *arguments: str, off_core: int = -1
     ) -> None:
+        others = os.sched_getaffinity(0) - {off_core} if off_core >= 0 else set()
         self.child = subprocess.Popen(
-            [*_off(off_core), sys.executable, "-m", "benchmarks.wire_ends", *arguments],
+            [*only_on(others), sys.executable, "-m", "benchmarks.wire_ends", *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -78,14 +80,6 @@ class _End:
             raise InputError("a process of the benchmark ended", where="benchmarks.wire_ends")
         heard: dict[str, Any] = json.loads(line)
         return heard
-
-
-def _off(core: int) -> list[str]:
-    """What a command line begins with to keep off a core, where there are others."""
-    others = os.sched_getaffinity(0) - {core}
-    if core < 0 or not others:
-        return []
-    return ["taskset", "-c", ",".join(str(number) for number in sorted(others))]
 
 
 class Wired:

@@ -33,6 +33,19 @@ SEEN: Final = 1  # answers in it
 NEXT: Final = 2  # mark that the next answer overwrites
 
 
+@inner("none(int64[::1], uint8[::1], int64)")
+def _add(window, marks, mark):  # type: ignore[no-untyped-def]
+    """Take one more answer into a window, whose columns ``window`` begins with."""
+    place = window[NEXT]
+    if window[SEEN] == len(marks):
+        window[COUNT] -= marks[place]
+    else:
+        window[SEEN] += 1
+    marks[place] = mark
+    window[COUNT] += mark
+    window[NEXT] = place + 1 if place + 1 < len(marks) else 0
+
+
 class Window:
     """How many of the last answers were marked; exact.
 
@@ -56,15 +69,7 @@ class Window:
 
     def add(self, mark: bool) -> None:
         """Take one more; the oldest of a full window goes."""
-        of, marks = self._of, self._bytes
-        at = of[NEXT]
-        if of[SEEN] == len(marks):
-            of[COUNT] -= marks[at]
-        else:
-            of[SEEN] += 1
-        marks[at] = mark
-        of[COUNT] += mark
-        of[NEXT] = at + 1 if at + 1 < len(marks) else 0
+        _add.py_func(self._of, self._bytes, mark)
 
     @property
     def count(self) -> int:
@@ -155,18 +160,6 @@ class Tally:
         self.agreeing = 0
 
 
-@inner("none(int64[::1], uint8[::1])")
-def _add_unmarked(window, marks):  # type: ignore[no-untyped-def]
-    """`Window.add` of an answer that is not marked; ``window`` is what its columns are of."""
-    place = window[NEXT]
-    if window[SEEN] == len(marks):
-        window[COUNT] -= marks[place]
-    else:
-        window[SEEN] += 1
-    marks[place] = 0
-    window[NEXT] = place + 1 if place + 1 < len(marks) else 0
-
-
 @inner(
     "boolean(uint8[::1], int64, int64, int64[:,::1], float32[:,::1], float64, int64[::1],"
     " uint8[::1], uint8[::1])"
@@ -240,6 +233,6 @@ def take_agreeing(  # type: ignore[no-untyped-def]
         return False
     numbers[ANSWERS] += 1
     numbers[AGREEING] += 1
-    _add_unmarked(numbers[DIVERGED:], diverged)
-    _add_unmarked(numbers[DISAGREED:], disagreed)
+    _add(numbers[DIVERGED:], diverged, np.int64(0))
+    _add(numbers[DISAGREED:], disagreed, np.int64(0))
     return True

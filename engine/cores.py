@@ -107,7 +107,11 @@ def let_go() -> None:
 
 def beside() -> list[str]:
     """What a child's command line begins with, so that it keeps off the hot path's core."""
-    others = _allowed - os.sched_getaffinity(0)
-    if not others:
+    return only_on(_allowed - os.sched_getaffinity(0))
+
+
+def only_on(cores: set[int]) -> list[str]:
+    """What a command line begins with, to keep to some cores; nothing where there are none."""
+    if not cores:
         return []
-    return ["taskset", "-c", ",".join(str(number) for number in sorted(others))]
+    return ["taskset", "-c", ",".join(str(number) for number in sorted(cores))]
