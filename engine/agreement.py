@@ -8,7 +8,7 @@ kernel takes it where it stands on the tape; an answer that may move something i
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -33,8 +33,7 @@ SEEN: Final = 1  # answers in it
 NEXT: Final = 2  # mark that the next answer overwrites
 
 
-@inner("none(int64[::1], uint8[::1], int64)")
-def _add(window, marks, mark):  # type: ignore[no-untyped-def]
+def _add_mark(window: Any, marks: Any, mark: int) -> None:
     """Take one more answer into a window, whose columns ``window`` begins with."""
     place = window[NEXT]
     if window[SEEN] == len(marks):
@@ -44,6 +43,9 @@ def _add(window, marks, mark):  # type: ignore[no-untyped-def]
     marks[place] = mark
     window[COUNT] += mark
     window[NEXT] = place + 1 if place + 1 < len(marks) else 0
+
+
+_add = inner("none(int64[::1], uint8[::1], int64)")(_add_mark)  # the same for kernels
 
 
 class Window:
@@ -69,7 +71,7 @@ class Window:
 
     def add(self, mark: bool) -> None:
         """Take one more; the oldest of a full window goes."""
-        _add.py_func(self._of, self._bytes, mark)
+        _add_mark(self._of, self._bytes, mark)
 
     @property
     def count(self) -> int:
