@@ -127,7 +127,9 @@ def test_latency_stands_beside_an_echo_of_the_same_messages(market: Path) -> Non
         assert part["n"] > 0
     wake = result["wake"]
     assert isinstance(wake, dict)
-    assert 0 < wake["call_p50_us"] <= wake["call_p99_us"] < wake["run_p99_us"]
+    # No order between the two: who wakes may lose its core within the call, and be back long after.
+    assert 0 < wake["call_p50_us"] <= wake["call_p99_us"]
+    assert 0 < wake["run_p50_us"] <= wake["run_p99_us"]
     cells = result["cells"]
     assert isinstance(cells, list)
     assert [cell["load"] for cell in cells] == ["500/s", "as recorded"]
