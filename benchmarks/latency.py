@@ -9,6 +9,7 @@ those of one turn.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -100,6 +101,7 @@ class LatencyBench(msgspec.Struct, frozen=True):
     runs: int
     seconds: float
     busy_poll: bool
+    warm_us: int
     core: int
     io_core: int
     shadow_every: int
@@ -122,6 +124,7 @@ def bench_latency(
     model: Path = REFERENCE,
     backend: str = "compiled",
     busy_poll: bool = False,
+    warm_us: int = 0,
     core: int = -1,
     io_core: int = -1,
     shadow_every: int = SHADOW_EVERY,
@@ -144,6 +147,8 @@ def bench_latency(
         What answers.
     busy_poll : bool
         Let the engine never sleep.
+    warm_us : int
+        How often it rehearses while it waits, 0 for never; see `engine.warming`.
     core, io_core : int
         That the engine's hot path and its ZeroMQ threads keep to; see `engine.config.LoopConfig`.
         Sender and receivers keep off the first, as they would if it were isolated.
@@ -162,7 +167,8 @@ def bench_latency(
     cells, totals = [], []
     # Every message is to be answered: what comes late counts as late.
     sections = (
-        f"[loop]\nbusy_poll = {str(busy_poll).lower()}\ncore = {core}\nio_core = {io_core}\n"
+        f"[loop]\nbusy_poll = {str(busy_poll).lower()}\nwarm_every_ns = {warm_us * 1_000}\n"
+        f"core = {core}\nio_core = {io_core}\n"
         "[overload]\nconflate_after_ns = 0\n"
     )
     progress("preparing the tape")
@@ -216,6 +222,7 @@ def bench_latency(
         runs=runs,
         seconds=seconds,
         busy_poll=busy_poll,
+        warm_us=warm_us,
         core=core,
         io_core=io_core,
         shadow_every=shadow_every,
@@ -224,6 +231,12 @@ def bench_latency(
         totals=totals,
         **provenance(),
     )
+
+
+def last_core() -> int:
+    """Of several that this process may use the last; -1 where there is but one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[-1] if len(cores) > 1 else -1
 
 
 def _load(rate: int) -> str:
@@ -313,6 +326,17 @@ def _wake(measured: Sequence[Wakes]) -> WakeControl:
     )
 
 
+def _placed(result: LatencyBench) -> str:
+    """Where and how the hot path waits."""
+    parts = [f"on core {result.core}" if result.core >= 0 else "on any core"]
+    if result.core >= 0 and result.io_core >= 0:
+        parts.append(f"ZeroMQ's threads on core {result.io_core}")
+    parts.append("never sleeps" if result.busy_poll else "sleeps where nothing comes")
+    if result.warm_us:
+        parts.append(f"rehearses every {result.warm_us} µs")
+    return ", ".join(parts)
+
+
 def show(result: LatencyBench) -> None:
     """Print the result as a table."""
     from rich.table import Table
@@ -347,6 +371,7 @@ def show(result: LatencyBench) -> None:
         f"{result.source}, {result.seconds:g} s a run, a signal after every message; recording and "
         f"value check on, shadow on 1 in {result.shadow_every}"
     )
+    console.print(f"hot path: {_placed(result)}")
     console.print(f"idle cores: {describe(result.cores_awake, result.cores_awake_why)}")
     console.print(
         f"host jitter: p50 {jitter.p50_us:.2f} µs, p99 {jitter.p99_us:.2f} µs, max "

@@ -74,11 +74,17 @@ def _tell(
 @click.option("--seconds", type=click.FloatRange(0.2, 600), default=3.0, show_default=True)
 @click.option("--busy-poll", is_flag=True, help="The engine never sleeps.")
 @click.option(
+    "--warm-us",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    show_default=True,
+    help="The engine rehearses so often while it waits; 0: never.",
+)
+@click.option(
     "--core",
     type=click.IntRange(-1),
-    default=-1,
-    show_default=True,
-    help="That the engine's hot path keeps to, and both ends keep off; -1: the system's choice.",
+    help="That the engine's hot path keeps to, and both ends keep off; -1: the system's choice."
+    " Default: the last one of several.",
 )
 @click.option(
     "--io-core",
@@ -97,7 +103,8 @@ def latency(
     model: Path | None,
     backend: str,
     busy_poll: bool,
-    core: int,
+    warm_us: int,
+    core: int | None,
     io_core: int,
     shadow_every: int,
     let_sleep: bool,
@@ -107,7 +114,7 @@ def latency(
 
     Without TAPE with the messages of the recording in OCTICK_DATA, or of a simulated market.
     """
-    from benchmarks.latency import RATES, RECORDED, TRANSPORTS, bench_latency, show
+    from benchmarks.latency import RATES, RECORDED, TRANSPORTS, bench_latency, last_core, show
     from benchmarks.provenance import REFERENCE
 
     _tell(
@@ -122,7 +129,8 @@ def latency(
         model=model or REFERENCE,
         backend=backend,
         busy_poll=busy_poll,
-        core=core,
+        warm_us=warm_us,
+        core=last_core() if core is None else core,
         io_core=io_core,
         shadow_every=shadow_every,
         let_sleep=let_sleep,

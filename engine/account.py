@@ -31,6 +31,8 @@ class Totals(msgspec.Struct):
     compilations : int
         Functions that Numba compiled after READY, not those that it loaded from its cache; the
         first of them are named in `compiled`.
+    rehearsals : int
+        Of the hot path while it waited.
     start_up_s : dict
         Seconds that each stage took, from the process's start to READY.
     """
@@ -52,6 +54,7 @@ class Totals(msgspec.Struct):
     disagreements: int
     swaps: int
     conflations: int
+    rehearsals: int
     lag_max_ms: float
     latency_p50_us: float
     latency_p99_us: float
@@ -157,6 +160,7 @@ class Account:
         values: dict[str, Any],
         recorder: Recorder | None,
         subscriber_drops: int,
+        rehearsals: int,
         start_up: StartUp,
     ) -> Totals:
         """What the session did so far; ``values`` are the `state_values`."""
@@ -179,6 +183,7 @@ class Account:
             disagreements=values["disagreements"],
             swaps=values["swaps"],
             conflations=self.conflations,
+            rehearsals=rehearsals,
             lag_max_ms=max(self._lag_max_ns, values["lag_ns"]) / 1e6,
             latency_p50_us=values["latency_p50_ns"] / 1e3,
             latency_p99_us=values["latency_p99_ns"] / 1e3,

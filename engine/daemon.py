@@ -32,6 +32,7 @@ from engine.oversight import Oversight
 from engine.pipeline import Pipeline
 from engine.publisher import SignalPublisher
 from engine.recorder import Recorder, ScratchTape, insert_record, open_recorder
+from engine.rehearsal import Rehearsal
 from engine.signals import AT_BOOK_STATE
 from engine.start_up import StartUp
 from engine.trust import BOOK_STATES, MODE_FP32, SYNCED
@@ -93,6 +94,7 @@ class Daemon:
         self._context: zmq.Context[Any] = zmq.Context()
         self._feeds: list[FeedConnection] = []
         self._recorder: Recorder | None = None
+        self._rehearsal: Rehearsal | None = None
         self._wakefulness = Wakefulness(config.loop.cpu_dma_latency_us)
         self._requested_ns = [0] * len(names)
         self._alert_seq = self._rejected_told = self._next_state_ns = 0
@@ -215,26 +217,32 @@ class Daemon:
         link = self._new_link(pipeline, [])
         link.begin(time.monotonic_ns(), self.config.limits)
         link.take(ScratchTape(2 * self._room), None)
+        every_ns = self.config.loop.warm_every_ns
+        if every_ns:
+            backend = loaded.backend(loaded.mode)
+            self._rehearsal = Rehearsal(
+                self.config, self.bundle, backend, self._context, self._offset_ns
+            )
+            self._link.rehearse(self._rehearsal.handles, every_ns, self._rehearsal.follow)
 
     # The hot path.
 
-    def _drain(self, may_sleep: bool) -> bool:
+    def _drain(self, may_wait: bool) -> bool:
         """Take what comes at the feeds, within a turn's budget or until the loop has its turn.
 
         Returns
         -------
         bool
-            Whether it slept, and nothing waits now.
+            Whether it waited, and nothing waits now.
         """
         link, recorder, oversight = self._link, self._recorder, self.oversight
         shadow, loop = oversight.shadow, self.config.loop
         assert recorder is not None
-        may_sleep = may_sleep and not loop.busy_poll
         link.begin(
             time.monotonic_ns(),
             self.config.limits,
             spin_ns=loop.spin_ns if loop.busy_poll else 0,
-            wait_ns=self._wait_ns if may_sleep else 0,
+            wait_ns=self._wait_ns if may_wait else 0,
             look_ns=oversight.look_ns,
         )
         while True:
@@ -242,7 +250,7 @@ class Daemon:
             if why == live.NOTHING_WAITS:
                 oversight.look()
                 recorder.touch_ahead()
-                return may_sleep
+                return may_wait
             if why == live.TURN_ENDED:
                 recorder.touch_ahead()
                 return False
@@ -414,6 +422,7 @@ class Daemon:
             loop.add_signal_handler(number, stopped.set)
         loop.add_signal_handler(os_signal.SIGUSR1, self.oversight.halt, "signal", "SIGUSR1")
         cores.be_prompt()
+        cores.refuse_huge_pages()
         if self.config.loop.core >= 0:
             cores.keep_to(self.config.loop.core, self.config.loop.io_core)
         gc.collect()
@@ -456,7 +465,10 @@ class Daemon:
     def totals(self) -> Totals:
         """What the session did so far."""
         values = self.state_values()
-        return self.account.totals(values, self._recorder, self.publisher.drops, self.start_up)
+        rehearsals = 0 if self._rehearsal is None else self._rehearsal.rehearsals
+        return self.account.totals(
+            values, self._recorder, self.publisher.drops, rehearsals, self.start_up
+        )
 
     def close(self) -> None:
         """Close the tape and every socket, let cores halt. Closing twice is fine."""
@@ -469,6 +481,8 @@ class Daemon:
         for feed in self._feeds:
             feed.close()
         self._feeds = []
+        if self._rehearsal is not None:
+            self._rehearsal.close()
         if hasattr(self, "publisher"):
             self.publisher.close()
         if hasattr(self, "oversight"):

@@ -1,24 +1,27 @@
-# Hot path: `take_waiting`, a free @njit function.
+# Hot path: `take_waiting` and what it calls, free @njit functions.
 """From the feeds' sockets to the publisher's without Python in between.
 
 `take_waiting` receives a message straight onto the tape, advances and answers over it
 (`engine.answering`), sends the signal that it makes due, records that, and hands the inference to
 the shadow; then the next message. Where none waits it takes what the shadow has answered, one by
-one, and then sleeps until a message comes (`engine.waiting`). It returns for the event loop's sake,
-and for what is rare or needs Python: a signal that cannot be sent, that is not about a whole book
-or that the rules are to see; a model on another device; an answer of the shadow that may move
-something; a full window of the tape; messages that are to be conflated.
+one, and then waits until a message comes, asleep (`engine.waiting`) or looking, and it may rehearse
+meanwhile (`engine.warming`). It returns for the event loop's sake, and for what is rare or needs
+Python: a signal that cannot be sent, that is not about a whole book or that the rules are to see; a
+model on another device; an answer of the shadow that may move something; a full window of the tape;
+messages that are to be conflated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+import msgspec
 import numpy as np
 import zmq
 from numba import carray, njit
 
-from engine import latency, signals
+from engine import latency, signals, warming
 from engine.advance import EVENT_DUE, FIRED_SLOT
 from engine.answering import (
     JUDGE,
@@ -54,24 +57,27 @@ ROOM: Final = 6  # bytes of the tape that one message and its signal may take
 OFFSET_NS: Final = 7  # from the monotonic clock to time since the epoch
 DEADLINE_NS: Final = 8  # monotonic: a turn ends
 LEFT: Final = 9  # messages until a turn ends
-SPIN_UNTIL_NS: Final = 10  # monotonic: how long to look for a message where none waits
-WAIT_UNTIL_NS: Final = 11  # monotonic: how long to sleep until one comes
+SPIN_NS: Final = 10  # above 0: wait by looking, and look so often whether the loop has work
+WAIT_UNTIL_NS: Final = 11  # monotonic: how long to wait until a message comes
 LOOK_NS: Final = 12  # monotonic: from when on what the shadow says ends a call where none waits
 DRAIN_NS: Final = 13  # of a turn, and how many messages: what a sleep that ended begins anew
 DRAIN_MESSAGES: Final = 14
 CONFLATE_AFTER_NS: Final = 15  # of lag
 CONFLATING: Final = 16
 FEED: Final = 17  # to look at next
+WARM_NS: Final = 18  # between two rehearsals; 0 is none
+WARM_AT_NS: Final = 19  # monotonic: when the next is due
+LOOP_AT_NS: Final = 20  # monotonic: when to look for the loop's work
 # What a call leaves.
-POSITION: Final = 18  # of the tape
-RECORDS: Final = 19  # put on it
-RECORD_AT: Final = 20  # of the last message
-RECEIVED_NS: Final = 21  # of the last message
-SENT: Final = 22  # signals
-SENT_TRADABLE: Final = 23
-ERROR: Final = 24  # libzmq's
-TICKET_BEFORE: Final = 25  # inferences before the last message
-SENT_SUPPRESSED: Final = 26  # and behind it: how many had each of 16 reasons
+POSITION: Final = 21  # of the tape
+RECORDS: Final = 22  # put on it
+RECORD_AT: Final = 23  # of the last message
+RECEIVED_NS: Final = 24  # of the last message
+SENT: Final = 25  # signals
+SENT_TRADABLE: Final = 26
+ERROR: Final = 27  # libzmq's
+TICKET_BEFORE: Final = 28  # inferences before the last message
+SENT_SUPPRESSED: Final = 29  # and behind it: how many had each of 16 reasons
 LIVE_FIELDS: Final = SENT_SUPPRESSED + 16
 
 # Columns of `sockets`, int64.
@@ -80,6 +86,7 @@ MALFORMED: Final = 1
 SOCKET_FIELDS: Final = 2
 
 # Why a call returned.
+REHEARSAL_DUE: Final = -1  # of `_take`
 NOTHING_WAITS: Final = 0
 TURN_ENDED: Final = 1
 WINDOW_FULL: Final = 2
@@ -100,6 +107,11 @@ _FACTS: Final = place_of("facts")
 _X: Final = place_of("x")
 _ROUND: Final = place_of("round")
 _OUT: Final = place_of("out")
+# And of a rehearsal, among its own.
+_PIPELINE: Final = warming.place_of("pipeline")
+_LINK: Final = warming.place_of("link")
+_SHADOW: Final = warming.place_of("shadow")
+_TAPE: Final = warming.place_of("tape")
 
 
 @inner("int64(int64[::1], int64[::1], uint8[::1], uint8[::1], int64)")
@@ -135,32 +147,9 @@ def _send(live, topics, topic_bytes, last, slot):  # type: ignore[no-untyped-def
     return True
 
 
-@njit(
-    "int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64, float64)", cache=True, nogil=True
-)
-def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no-untyped-def]
-    """Take messages and send signals until none comes or Python has to do something.
-
-    Parameters
-    ----------
-    h : ndarray of int64
-        The pipeline's handles, after `Pipeline.prepare`.
-    live_h : ndarray of int64
-        Handles of what a `LiveLink` holds.
-    shadow_h : ndarray of int64
-        See `engine.shadow_ring.set_handles`.
-    arena : ndarray of uint8
-        A window of the tape.
-    position : int
-        Where the next record goes.
-    clip : float
-        Of the model's input.
-
-    Returns
-    -------
-    int
-        `NOTHING_WAITS` to `EVENT_TAKEN`; ``live`` has the rest.
-    """
+@inner("int64(int64[::1], int64[::1], int64[::1], uint8[::1], int64, float64)")
+def _take(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no-untyped-def]
+    """As `take_waiting`, until a rehearsal is due at the latest."""
     live = carray(pointer(live_h[0], np.int64), (live_h[1],))
     sockets = carray(pointer(live_h[5], np.int64), (live_h[6], live_h[7]))
     topics = carray(pointer(live_h[10], np.uint8), (live_h[11], live_h[12]))
@@ -179,8 +168,6 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
     size = last.shape[1]
     offset = live[OFFSET_NS]
     live[POSITION] = position
-    live[RECORDS] = 0
-    live[SENT:] = 0
     while True:
         if position + live[ROOM] > len(arena):
             return WINDOW_FULL
@@ -209,12 +196,20 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
                     continue
                 if live[RECORDS] > 0 and now >= live[LOOK_NS]:
                     return NOTHING_WAITS
-            if now < live[SPIN_UNTIL_NS]:
-                continue
-            if now >= live[WAIT_UNTIL_NS]:
+            until = live[WAIT_UNTIL_NS]
+            if now >= until:
                 return NOTHING_WAITS
-            left = live[WAIT_UNTIL_NS] - now
-            told = wait_for(descriptors.ctypes.data, len(descriptors), left)
+            if live[WARM_NS] > 0:
+                if now >= live[WARM_AT_NS]:
+                    return REHEARSAL_DUE
+                until = min(until, live[WARM_AT_NS])
+            if live[SPIN_NS] == 0:
+                told = wait_for(descriptors.ctypes.data, len(descriptors), until - now)
+            elif now < live[LOOP_AT_NS]:
+                continue
+            else:
+                live[LOOP_AT_NS] = now + live[SPIN_NS]
+                told = wait_for(descriptors.ctypes.data, 1, 0)
             if told > 0 and descriptors[0] >> HAPPENED_SHIFT != 0:
                 return NOTHING_WAITS
             live[LEFT] = live[DRAIN_MESSAGES]
@@ -271,6 +266,62 @@ def take_waiting(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no
             return TURN_ENDED
 
 
+@inner("void(int64[::1], int64[::1], uint8[::1], float64)")
+def _rehearse(live, rehearsal_h, arena, clip):  # type: ignore[no-untyped-def]
+    """Take a message of the rehearsal's, in the same code as the session's."""
+    handles, link, shadow = _PIPELINE, _LINK, _SHADOW
+    h = carray(pointer(rehearsal_h[handles], np.int64), (rehearsal_h[handles + 1],))
+    link_h = carray(pointer(rehearsal_h[link], np.int64), (rehearsal_h[link + 1],))
+    shadow_h = carray(pointer(rehearsal_h[shadow], np.int64), (rehearsal_h[shadow + 1],))
+    scratch = carray(pointer(rehearsal_h[_TAPE], np.uint8), (rehearsal_h[_TAPE + 1],))
+    warming.cue(live, rehearsal_h)
+    _take(h, link_h, shadow_h, scratch, np.int64(0), clip)
+    warming.clear(live, rehearsal_h, arena, live[POSITION])
+    live[WARM_AT_NS] = monotonic_ns() + live[WARM_NS]
+
+
+@njit(
+    "int64(int64[::1], int64[::1], int64[::1], int64[::1], uint8[::1], int64, float64)",
+    cache=True,
+    nogil=True,
+)
+def take_waiting(  # type: ignore[no-untyped-def]
+    h, live_h, shadow_h, rehearsal_h, arena, position, clip
+):
+    """Take messages and send signals until none comes or Python has to do something.
+
+    Parameters
+    ----------
+    h : ndarray of int64
+        The pipeline's handles, after `Pipeline.prepare`.
+    live_h : ndarray of int64
+        Handles of what a `LiveLink` holds.
+    shadow_h : ndarray of int64
+        See `engine.shadow_ring.set_handles`.
+    rehearsal_h : ndarray of int64
+        See `engine.warming`; not looked at where there are no rehearsals.
+    arena : ndarray of uint8
+        A window of the tape.
+    position : int
+        Where the next record goes.
+    clip : float
+        Of the model's input.
+
+    Returns
+    -------
+    int
+        `NOTHING_WAITS` to `EVENT_TAKEN`; ``live`` has the rest.
+    """
+    live = carray(pointer(live_h[0], np.int64), (live_h[1],))
+    live[RECORDS] = 0
+    live[SENT:] = 0
+    why = _take(h, live_h, shadow_h, arena, position, clip)
+    while why == REHEARSAL_DUE:
+        _rehearse(live, rehearsal_h, arena, clip)
+        why = _take(h, live_h, shadow_h, arena, live[POSITION], clip)
+    return why
+
+
 class LiveLink:
     """The feeds' sockets, the pipeline and the publisher's socket, as `take_waiting` needs them.
 
@@ -291,6 +342,8 @@ class LiveLink:
 
     Attributes
     ----------
+    handles : ndarray of int64
+        What `take_waiting` takes.
     latencies : ndarray
         From receipt to sent, see `engine.latency`.
     last : ndarray of uint8, shape (instruments, signal bytes)
@@ -336,7 +389,7 @@ class LiveLink:
         self._scrap = np.zeros(MAX_TOPIC_BYTES, dtype=np.uint8)
         feed_fds = [int(feed.getsockopt(zmq.FD)) for feed in feeds]
         self._descriptors = new_descriptors(NO_DESCRIPTOR, feed_fds)
-        self._handles = new_handles(
+        self.handles: Final = new_handles(
             [
                 *(self._live, self._sockets, self._topics, self._topic_bytes),
                 *(self.last, self.sent, self.latencies, self._lag, self._scrap, self._descriptors),
@@ -345,6 +398,30 @@ class LiveLink:
         self._room = room
         self._told: Final = self._live.data  # a number of it is read three times as fast
         self._no_shadow: Final = no_handles()
+        self._rehearsal = np.zeros(0, dtype=np.int64)
+        self._follow: Callable[[Pipeline], None] | None = None
+
+    def rehearse(
+        self, handles: np.ndarray, every_ns: int, follow: Callable[[Pipeline], None]
+    ) -> None:
+        """Rehearse while waiting; see `engine.warming`.
+
+        Parameters
+        ----------
+        handles : ndarray of int64
+        every_ns : int
+            Above 0.
+        follow : callable
+            Told whenever the pipeline was prepared for another model or state of the engine.
+        """
+        assert every_ns > 0
+        self._rehearsal, self._follow = handles, follow
+        self._told[WARM_NS] = every_ns
+
+    def for_one_message(self) -> np.ndarray:
+        """Let a turn end behind its first message; what is to be kept so for the next."""
+        self.begin(0, msgspec.structs.replace(LimitsConfig(), max_drain_messages=1))
+        return self._live
 
     def begin(
         self,
@@ -362,10 +439,12 @@ class LiveLink:
         now_ns : int
             Monotonic time.
         limits : LimitsConfig
-            A turn's budget, which a sleep that a message ended begins anew.
-        spin_ns, wait_ns : int
-            How long to look for messages where none waits, and until when after ``now_ns`` to
-            sleep for one.
+            A turn's budget, which a wait that a message ended begins anew.
+        spin_ns : int
+            Above 0: wait by looking for messages, and look so often whether the loop has something
+            to do; else asleep.
+        wait_ns : int
+            Until when after ``now_ns`` to wait for a message where none does.
         look_ns : int
             Monotonic time from which on the turn ends behind a message where no other waits, and
             the shadow has answered.
@@ -374,7 +453,7 @@ class LiveLink:
         told[LEFT] = told[DRAIN_MESSAGES] = limits.max_drain_messages
         told[DRAIN_NS] = limits.max_drain_ns
         told[DEADLINE_NS] = now_ns + limits.max_drain_ns
-        told[SPIN_UNTIL_NS] = now_ns + spin_ns
+        told[SPIN_NS], told[LOOP_AT_NS] = spin_ns, 0
         told[WAIT_UNTIL_NS] = now_ns + wait_ns
         told[LOOK_NS] = look_ns
 
@@ -401,9 +480,11 @@ class LiveLink:
         arena, at = recorder.room(self._room)
         if not pipeline.prepared:
             pipeline.prepare(True, told[OFFSET_NS])
+            if self._follow is not None:
+                self._follow(pipeline)
         handed_to = self._no_shadow if shadow is None else shadow
         why: int = take_waiting(
-            pipeline.handles, self._handles, handed_to, arena, at, pipeline.clip
+            pipeline.handles, self.handles, handed_to, self._rehearsal, arena, at, pipeline.clip
         )
         if told[RECORDS]:
             recorder.advance(told[POSITION], told[RECORDS])

@@ -26,7 +26,7 @@ from engine.bundle import Bundle
 from engine.config import Config, config_hash
 from engine.handles import new_handles, set_handle
 from engine.hashes import code_hash
-from engine.model_input import RUN, SEEN_ROWS, new_norm, set_norm
+from engine.model_input import INV_SCALE, RUN, SEEN_ROWS, new_norm, set_norm
 from engine.serving import Loaded
 from engine.trust import REASONS
 from engine.trust_events import ARM, CONFLATION, Control, decode_event
@@ -102,8 +102,10 @@ class Pipeline:
         State of the controls; see `engine.controls`.
     seen : ndarray
         What the model's inputs were before; see `engine.model_input`.
+    arrays : tuple of ndarray
+        `engine.answering.ARRAYS`.
     handles : ndarray of int64
-        Of `engine.answering.ARRAYS`.
+        Of these.
     clip : float
         Of the model's input.
     prepared : bool
@@ -234,14 +236,14 @@ class Pipeline:
         self._out_view: Final = self._out.data
         self._round[answering.FOLLOW] = follow_trust_events
         recent, tally = self.trust.recent, self.trust.failover.tally
-        self._served_by: Final = (
+        self.arrays: Final = (
             *(*self._state, *self._input, table, self._outputs, self.guards, self.scores),
             *(self._limits_i, self._limits_f, recent.about, recent.vectors, recent.outputs),
             *(self._native, np.zeros(0, dtype=np.int64), self._round, self._out),
             *(tally.numbers, tally.diverged.marks, tally.disagreed.marks),
         )
-        assert len(self._served_by) == len(answering.ARRAYS)
-        self.handles: Final = new_handles(self._served_by)
+        assert len(self.arrays) == len(answering.ARRAYS)
+        self.handles: Final = new_handles(self.arrays)
         self.served: memoryview = _NOTHING
         self.prepared = False
 
@@ -322,12 +324,7 @@ class Pipeline:
         keeper, told = self.trust, self._told
         serving = keeper.serving
         native = None if serving is None or keeper.late else serving.native_model()
-        told[answering.NATIVE] = native is not None
-        if native is not None and native is not self._native_of:
-            self._native_of = native
-            addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
-            self._native[:] = (native.step, *addresses, *native[1:4])
-            set_handle(self.handles, _STATES, native.states)
+        self.run_natively(native)
         failover = keeper.failover
         told[answering.TICKET] = self.ticket
         told[answering.BLOCKED] = trust.REASON_HALTED if failover.mode == trust.MODE_HALTED else 0
@@ -337,6 +334,27 @@ class Pipeline:
         told[answering.MODE] = failover.serving
         told[answering.LIVE] = live
         told[answering.OFFSET_NS] = offset_ns
+
+    def run_natively(self, native: NativeModel | None) -> None:
+        """Let kernels run a model by themselves; None leaves every inference to Python."""
+        self._told[answering.NATIVE] = native is not None
+        if native is not None and native is not self._native_of:
+            self._native_of = native
+            addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
+            self._native[:] = (native.step, *addresses, *native[1:4])
+            set_handle(self.handles, _STATES, native.states)
+
+    def spare_model(self) -> NativeModel | None:
+        """What kernels run, with a stream that is no instrument's; see `Serving.spare_model`."""
+        serving = self.trust.serving
+        return (
+            serving.spare_model() if serving is not None and self._told[answering.NATIVE] else None
+        )
+
+    def let_inputs_be_zero(self) -> None:
+        """Whatever the features are: a rehearsal's may be like none that the model was made for."""
+        self._norm[:] = new_norm(self._norm.shape[1], None)
+        self._norm[INV_SCALE] = 0.0
 
     def finish(self, buf: np.ndarray) -> None:
         """Take over what `answering.serve` did, and do what it left: `served`, rules, events.

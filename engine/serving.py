@@ -88,6 +88,8 @@ class Serving:
         self.backend = loaded.backend(loaded.mode)
         self._native_of: Backend | None = None
         self._native: NativeModel | None = None
+        self._spare_of: Backend | None = None
+        self._spare: NativeModel | None = None
         self.switch(loaded.mode)
         self._behind[:] = self._any_behind = False  # nothing to catch up with yet
 
@@ -116,6 +118,16 @@ class Serving:
             make = getattr(self.backend, "native_model", None)
             self._native = None if make is None else make(len(self._behind))
         return self._native
+
+    def spare_model(self) -> NativeModel | None:
+        """As `native_model`, with one stream, which is no instrument's."""
+        if self._spare_of is not self.backend:
+            self._spare_of = self.backend
+            make = getattr(self.backend, "native_model", None)
+            n = len(self._behind)
+            more = None if make is None else make(n + 1)
+            self._spare = None if more is None else more._replace(states=more.states[n:].copy())
+        return self._spare
 
     def infer(self, slot: int, ticket: int, x: np.ndarray, out: np.ndarray, fresh: bool) -> int:
         """One inference; returns the violation mask of the model's value check.

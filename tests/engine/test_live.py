@@ -276,15 +276,11 @@ def test_a_full_window_of_the_tape_is_told_before_anything_is_received(lines: An
     assert line.pipeline.counters["messages"] == 1
 
 
-def test_spinning_finds_what_comes_meanwhile(lines: Any) -> None:
-    line = lines()
-    line.link.begin(time.monotonic_ns(), LIMITS, spin_ns=20_000_000)
-    begun = time.monotonic_ns()
-    assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
-    assert time.monotonic_ns() - begun >= 20_000_000
+WAITS = pytest.mark.parametrize("spin_ns", [0, 100_000], ids=["asleep", "looking"])
 
 
-def test_sleeping_ends_with_what_comes_and_goes_on_behind_it(lines: Any) -> None:
+@WAITS
+def test_waiting_takes_what_comes_and_goes_on_behind_it(lines: Any, spin_ns: int) -> None:
     line = lines()
     take_ns, sleep_ns = 300_000_000, 50_000_000
 
@@ -295,7 +291,7 @@ def test_sleeping_ends_with_what_comes_and_goes_on_behind_it(lines: Any) -> None
 
     sender = threading.Thread(target=send)
     begun = time.monotonic_ns()
-    line.link.begin(begun, LIMITS, wait_ns=take_ns)
+    line.link.begin(begun, LIMITS, spin_ns=spin_ns, wait_ns=take_ns)
     sender.start()
     assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
     sender.join()
@@ -303,12 +299,13 @@ def test_sleeping_ends_with_what_comes_and_goes_on_behind_it(lines: Any) -> None
     assert line.pipeline.counters["messages"] == 4  # the definition among them
 
 
-def test_sleeping_ends_where_the_loop_has_something_to_do(lines: Any) -> None:
+@WAITS
+def test_waiting_ends_where_the_loop_has_something_to_do(lines: Any, spin_ns: int) -> None:
     line = lines()
     end, other = os.pipe()
     line.link.wake_for(end)
     try:
-        line.link.begin(time.monotonic_ns(), LIMITS, wait_ns=60_000_000_000)
+        line.link.begin(time.monotonic_ns(), LIMITS, spin_ns=spin_ns, wait_ns=60_000_000_000)
         os.write(other, b"x")
         assert line.link.take(line.recorder, None) == live.NOTHING_WAITS
     finally:

@@ -102,16 +102,20 @@ def test_a_session_stopped_in_a_flood_tells_what_it_recorded(
     assert result["verification"]["recorded"] == totals["signals"]
 
 
-def test_busy_polling_records_and_replays_the_same(
-    processes: Processes, reference_bundle: Path
+@pytest.mark.parametrize(
+    "how", ["busy_poll = true\nuvloop = false", "warm_every_ns = 50_000"], ids=["busy", "warm"]
+)
+def test_however_it_waits_a_session_replays_the_same(
+    processes: Processes, reference_bundle: Path, how: str
 ) -> None:
     market = processes.market("--rate", "600", "--seconds", "3")
-    config = processes.config(reference_bundle, extra="[loop]\nbusy_poll = true\nuvloop = false\n")
+    config = processes.config(reference_bundle, extra=f"[loop]\n{how}\n")
     engine = processes.engine(config)
     market.communicate(timeout=READY_S)
     totals = stop(engine)
     assert totals["lost"] == 0
     assert totals["messages"] > 1_000
+    assert (totals["rehearsals"] > 1_000) == how.startswith("warm")
     assert processes.verify(reference_bundle)["verification"]["differing"] == 0
 
 
