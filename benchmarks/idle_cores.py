@@ -2,7 +2,7 @@
 
 What the kernel does with idle cores is the machine's matter and not one process's, so the benchmark
 asks for it itself, and the engine's config leaves it alone. Where it cannot be had, the measurement
-goes on and says so.
+goes on and says so. Nor does the kernel gather anybody's memory into huge pages meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
+from engine.cores import refuse_huge_pages
 from engine.wakefulness import DEVICE, Wakefulness, cores_stay_awake
 from feeds.errors import InputError
 
@@ -29,6 +30,7 @@ class IdleCores(NamedTuple):
 @contextmanager
 def idle_cores(*, let_sleep: bool) -> Iterator[IdleCores]:
     """Keep every core of the machine awake, where that can be had and is wanted."""
+    refuse_huge_pages()
     with ExitStack() as held:
         why = LET_SLEEP if let_sleep else ""
         if not let_sleep:

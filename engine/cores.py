@@ -12,7 +12,11 @@ one has just written is in the caches of the other. Under full load two cores ca
 On any core, the hot path asks for short time slices: woken up, it is let in at once, and what it
 wakes in turn (ZeroMQ's thread, by sending) does not take the core from it before it is done.
 
-Source: sched_setaffinity(2), sched_setattr(2), sched(7) on SCHED_BATCH, proc(5), taskset(1).
+Nor does the kernel gather its memory into huge pages: the thread that does (khugepaged) takes a
+core for milliseconds at a time, any core, and NumPy asks for it with every array of 4 MB.
+
+Source: sched_setaffinity(2), sched_setattr(2), sched(7) on SCHED_BATCH, proc(5), taskset(1),
+PR_SET_THP_DISABLE(2const).
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ _ATTRIBUTES: Final = struct.Struct("<IIQiIQQQ")
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 ZEROMQ_NAME: Final = "ZMQbg"  # what libzmq's threads are called
 _THREADS: Final = Path("/proc/self/task")
+_PR_SET_THP_DISABLE: Final = 41
 _allowed: set[int] = set()  # before `keep_to`
 
 
@@ -58,6 +63,12 @@ def _short_slices(policy: int) -> bool:
         return False
     attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, os.nice(0), 0, SLICE_NS, 0, 0)
     return bool(libc.syscall(number, 0, attributes, 0) == 0)
+
+
+def refuse_huge_pages() -> bool:
+    """Let nobody gather this process's memory, or its children's; whether the system has it so."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return hasattr(libc, "prctl") and libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
 
 
 def keep_to(core: int, io_core: int = -1) -> None:

@@ -77,3 +77,19 @@ def test_a_core_that_is_not_ours_is_refused() -> None:
     with pytest.raises(InputError, match=r"loop\.io_core"):
         cores.keep_to(min(os.sched_getaffinity(0)), 4_000)
     assert cores.beside() == []
+
+
+def test_nobody_gathers_the_memory_of_a_process_that_refuses_nor_of_its_children() -> None:
+    ask = "print(open('/proc/self/status').read())"
+    program = (
+        "import subprocess, sys\nfrom engine.cores import refuse_huge_pages\n"
+        f"ask = {ask!r}\nif refuse_huge_pages():\n    exec(ask)\n"
+        "    subprocess.run([sys.executable, '-c', ask], check=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    told = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("THP_enabled")]
+    if not told:
+        pytest.skip("this kernel does not refuse, or does not tell")
+    assert told == ["0", "0"]
