@@ -2,10 +2,10 @@
 """From tape records to signals without Python in between, where a kernel can run the model.
 
 `serve` is `engine.advance.advance` and all of `Pipeline.answer` in one loop: it goes on from signal
-to signal until one needs what only Python can do (a rule over a violation, a model on another
-device, a trust event that is more than an answer of the shadow that agrees), or there is no more
-room for signals. The same functions are called in the same order, so that the bytes are those of
-`Pipeline.answer`.
+to signal until one needs what only Python can do (a violation that a rule counts, a model on
+another device, a trust event that is more than an answer of the shadow that agrees), or there is
+no more room for signals. The same functions are called in the same order, so that the bytes are
+those of `Pipeline.answer`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from engine.backends.native_call import (
     copy_bytes,
     run_step,
 )
-from engine.controls import DIVERGENCE
+from engine.controls import DIVERGENCE, INPUT_RULE, MODEL_RULE
 from engine.handles import FIELDS, pointer
 from engine.recent import remember
 from feeds.inner import inner
@@ -187,7 +187,12 @@ def _serve(  # type: ignore[no-untyped-def]
             continue
         for bit in range(16):
             round[SUPPRESSED + bit] += (reasons >> bit) & 1
-        if facts[signals.FACT_VALUE_CHECK] != 0 or round[LATE_NS] > 0:
+        check = facts[signals.FACT_VALUE_CHECK]
+        counted = np.int64(0)
+        if check != 0:
+            of_input = check & trust.CHECKS_OF_INPUT != 0
+            counted = limits_i[INPUT_RULE] if of_input else limits_i[MODEL_RULE]
+        if counted != 0 or round[LATE_NS] > 0:
             round[JUDGE] = reasons
             return at
     return at

@@ -30,7 +30,9 @@ SECOND_NS: Final = 1_000_000_000
 MAX_A_SECOND: Final = 0
 MAX_REPEATS: Final = 1
 STUCK_OUTPUTS: Final = 2
-LIMITS_I: Final = 3
+INPUT_RULE: Final = 3  # 1 = a rule of the failover counts inputs that no model could answer
+MODEL_RULE: Final = 4  # 1 = one counts what the value check holds against the model
+LIMITS_I: Final = 5
 COLLAR_SCORE: Final = 0
 COLLAR_CHANGE: Final = 1
 DIVERGENCE: Final = 2  # of the failover: scores further apart from FP32's diverge
@@ -81,6 +83,8 @@ def limits(controls: ControlsConfig, failover: FailoverConfig) -> tuple[np.ndarr
     whole[MAX_A_SECOND] = controls.max_signals_per_s
     whole[MAX_REPEATS] = controls.max_repeats
     whole[STUCK_OUTPUTS] = failover.stuck_outputs
+    whole[INPUT_RULE] = failover.input_violations > 0
+    whole[MODEL_RULE] = failover.violations > 0
     real = np.zeros(LIMITS_F, dtype=np.float64)
     real[COLLAR_SCORE], real[COLLAR_CHANGE] = controls.collar_score, controls.collar_change
     real[DIVERGENCE] = failover.divergence

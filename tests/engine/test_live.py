@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -20,14 +20,17 @@ import pytest
 import zmq
 
 from engine import latency, live, shadow_ring
+from engine.answering import handle_of
 from engine.backends.registry import open_backend
 from engine.bundle import load_bundle
-from engine.config import LimitsConfig, OverloadConfig, default_config
+from engine.config import Config, LimitsConfig, OverloadConfig, default_config
+from engine.failover import FailoverConfig
 from engine.live import LiveLink
+from engine.model_input import BOUND
 from engine.pipeline import Pipeline
 from engine.recorder import ScratchTape
 from engine.signals import AT_SIGNAL_SEQ
-from engine.trust import MODE_FP32
+from engine.trust import MODE_FP32, MODE_HALTED
 from engine.trust_events import ShadowAnswer, answer_templates
 from feeds import codec, tape, wire
 from feeds.simulator import Simulator
@@ -37,6 +40,7 @@ from tests.engine import onnx_sessions
 REFERENCE = Path(__file__).resolve().parents[2] / "models" / "reference"
 LIMITS = msgspec.structs.replace(LimitsConfig(), max_message_bytes=1 << 16)
 NEVER = OverloadConfig(conflate_after_ns=0)
+USUAL = FailoverConfig()
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Line:
     topic: bytes
     definition: bytes
     messages: list[bytes]
+    config: Config
 
     def send(self, messages: list[bytes]) -> None:
         for message in messages:
@@ -93,11 +98,16 @@ def lines(tmp_path: Path) -> Iterator[Any]:
     opened: list[Any] = []
 
     def make(
-        *, backend: str = "compiled", overload: OverloadConfig = NEVER, messages: int = 3_000
+        *,
+        backend: str = "compiled",
+        overload: OverloadConfig = NEVER,
+        failover: FailoverConfig = USUAL,
+        messages: int = 3_000,
     ) -> Line:
         topic, definition, payloads, name = _market(tmp_path, messages)
         bundle = load_bundle(REFERENCE)
-        pipeline = Pipeline(default_config([name]), bundle, open_backend(backend, bundle))
+        config = msgspec.structs.replace(default_config([name]), failover=failover)
+        pipeline = Pipeline(config, bundle, open_backend(backend, bundle))
         context: zmq.Context[Any] = zmq.Context()
         feed, sub = context.socket(zmq.PUB), context.socket(zmq.SUB)
         out, signals = context.socket(zmq.XPUB), context.socket(zmq.SUB)
@@ -124,7 +134,7 @@ def lines(tmp_path: Path) -> Iterator[Any]:
             offset_ns=time.time_ns() - time.monotonic_ns(),
         )
         line = Line(
-            link, pipeline, ScratchTape(1 << 24), feed, signals, topic, definition, payloads
+            link, pipeline, ScratchTape(1 << 24), feed, signals, topic, definition, payloads, config
         )
         line.send([definition])
         assert line.take() == [live.NOTHING_WAITS]
@@ -138,11 +148,20 @@ def lines(tmp_path: Path) -> Iterator[Any]:
             one.destroy(linger=0)
 
 
-def _as_replayed(line: Line) -> list[bytes]:
-    """The signals of the same messages, answered over a tape of them."""
+def _unbounded(pipeline: Pipeline) -> None:
+    """Nothing stands in the way of any input."""
+
+
+def _bounded(pipeline: Pipeline) -> None:
+    """Every input that moves at all is out of range."""
+    pipeline.arrays[handle_of("norm")][BOUND] = 0.0
+
+
+def _as_replayed(line: Line, bound: Callable[[Pipeline], None] = _unbounded) -> list[bytes]:
+    """The signals of the same messages, answered by Python over a tape of them."""
     bundle = load_bundle(REFERENCE)
-    config = default_config([line.pipeline.names[0]])
-    pipeline = Pipeline(config, bundle, open_backend("onnx", bundle))
+    pipeline = Pipeline(line.config, bundle, open_backend("onnx", bundle))
+    bound(pipeline)
     records = ScratchTape(1 << 24)
     found = []
     for message in [line.definition, *line.messages]:
@@ -274,6 +293,33 @@ def test_a_full_window_of_the_tape_is_told_before_anything_is_received(lines: An
     short.room = lambda need: (short.arena, 100)  # type: ignore[method-assign]
     assert line.link.take(short, None) == live.WINDOW_FULL
     assert line.pipeline.counters["messages"] == 1
+
+
+@pytest.mark.parametrize("rule", [0, 5], ids=["no rule", "a rule"])
+def test_an_input_that_is_out_of_range_is_python_s_only_where_a_rule_counts_it(
+    lines: Any, rule: int
+) -> None:
+    line = lines(
+        failover=FailoverConfig(input_violations=rule, input_violations_in=100), messages=600
+    )
+    _bounded(line.pipeline)
+    line.send(line.messages)
+    whys, signals = [live.TURN_ENDED], []
+    while whys[-1] != live.NOTHING_WAITS:
+        line.link.begin(time.monotonic_ns(), LIMITS)
+        whys.append(line.link.take(line.recorder, None))
+        signals += line.received()
+        if whys[-1] == live.SIGNAL_DUE:
+            signals.append(bytes(line.pipeline.served))
+    pipeline = line.pipeline
+    assert len(signals) == pipeline.signals > 50
+    assert pipeline.suppressed["VALUE_CHECK"] > 50
+    assert pipeline.tradable == 0
+    assert (pipeline.trust.failover.mode == MODE_HALTED) == (rule > 0)
+    assert (pipeline.suppressed["HALTED"] > 0) == (rule > 0)
+    # A book that is not whole is Python's in any case.
+    assert (whys.count(live.SIGNAL_DUE) > 50) == (rule > 0)
+    assert _canonical(signals) == _canonical(_as_replayed(line, _bounded))
 
 
 WAITS = pytest.mark.parametrize("spin_ns", [0, 100_000], ids=["asleep", "looking"])
