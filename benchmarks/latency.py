@@ -9,7 +9,6 @@ those of one turn.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -231,12 +230,6 @@ def bench_latency(
         totals=totals,
         **provenance(),
     )
-
-
-def last_core() -> int:
-    """Of several that this process may use the last; -1 where there is but one."""
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[-1] if len(cores) > 1 else -1
 
 
 def _load(rate: int) -> str:

@@ -87,6 +87,7 @@ class OverloadBench(msgspec.Struct, frozen=True):
     backend: str
     trigger: str
     shadow_every: int
+    core: int
     cores_awake: bool
     cores_awake_why: str
     machine: dict[str, str | int]
@@ -105,6 +106,7 @@ def bench_overload(
     trigger: str = "top-of-book",
     shadow_every: int = SHADOW_EVERY,
     max_lag_ms: float = MAX_LAG_MS,
+    core: int = -1,
     let_sleep: bool = False,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> OverloadBench:
@@ -125,6 +127,8 @@ def bench_overload(
         Of how many inferences the shadow answers one; 0 for no shadow.
     max_lag_ms : float
         That ``ok`` allows.
+    core : int
+        That the engine's hot path keeps to, and both ends keep off; -1: the system's choice.
     let_sleep : bool
         Leave idle cores to the system, in place of keeping them awake.
     progress : callable
@@ -142,7 +146,13 @@ def bench_overload(
         schedule = in_ticks(offered, seconds)
         jitter = measure_jitter(JITTER_S)
         progress("starting the engine")
-        with wired("ipc", source, model, backend, trigger=trigger, shadow_every=shadow_every) as on:
+        with wired(
+            *("ipc", source, model, backend),
+            trigger=trigger,
+            shadow_every=shadow_every,
+            sections=f"[loop]\ncore = {core}\n",
+            off_core=core,
+        ) as on:
             progress(f"{offered:,} messages/s for {seconds:g} s")
             before_s = on.cpu_seconds()
             turn = on.send(ENGINE, schedule, stamp_due=False)
@@ -187,6 +197,7 @@ def bench_overload(
         backend=backend,
         trigger=trigger,
         shadow_every=shadow_every,
+        core=core,
         cores_awake=cores.awake,
         cores_awake_why=cores.why,
         **provenance(),
@@ -254,6 +265,7 @@ def show(result: OverloadBench) -> None:
             f"p99 {result.sender_late_p99_us:,.0f} µs; p99 {result.jitter_p99_us:.1f} µs, "
             f"max {result.jitter_max_us:,.0f} µs",
         ),
+        ("hot path", f"on core {result.core}" if result.core >= 0 else "on any core"),
         ("idle cores", describe(result.cores_awake, result.cores_awake_why)),
         ("measured", f"{result.source}, {result.commit or 'no commit'}, {result.date}"),
     ):

@@ -24,6 +24,12 @@ _SHARED = (
         help="Of how many inferences the shadow answers one; 0: none.",
     ),
     click.option(
+        "--core",
+        type=click.IntRange(-1),
+        help="That the engine's hot path keeps to, and both ends keep off; -1: the system's choice."
+        " Default: the last one of several.",
+    ),
+    click.option(
         "--let-sleep",
         is_flag=True,
         help="Leave idle cores to the system; else they are kept awake where that can be had.",
@@ -81,12 +87,6 @@ def _tell(
     help="The engine rehearses so often while it waits; 0: never.",
 )
 @click.option(
-    "--core",
-    type=click.IntRange(-1),
-    help="That the engine's hot path keeps to, and both ends keep off; -1: the system's choice."
-    " Default: the last one of several.",
-)
-@click.option(
     "--io-core",
     type=click.IntRange(-1),
     default=-1,
@@ -114,8 +114,9 @@ def latency(
 
     Without TAPE with the messages of the recording in OCTICK_DATA, or of a simulated market.
     """
-    from benchmarks.latency import RATES, RECORDED, TRANSPORTS, bench_latency, last_core, show
+    from benchmarks.latency import RATES, RECORDED, TRANSPORTS, bench_latency, show
     from benchmarks.provenance import REFERENCE
+    from benchmarks.wire_setup import last_core
 
     _tell(
         bench_latency,
@@ -159,6 +160,7 @@ def overload(
     seconds: float,
     trigger: str,
     max_lag_ms: float,
+    core: int | None,
     model: Path | None,
     backend: str,
     shadow_every: int,
@@ -171,6 +173,7 @@ def overload(
     """
     from benchmarks.overload import bench_overload, show
     from benchmarks.provenance import REFERENCE
+    from benchmarks.wire_setup import last_core
 
     result = _tell(
         bench_overload,
@@ -184,6 +187,7 @@ def overload(
         trigger=trigger,
         shadow_every=shadow_every,
         max_lag_ms=max_lag_ms,
+        core=last_core() if core is None else core,
         let_sleep=let_sleep,
     )
     sys.exit(0 if result.ok else 1)

@@ -162,6 +162,12 @@ class Wired:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def last_core() -> int:
+    """Of several that this process may use the last; -1 where there is but one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[-1] if len(cores) > 1 else -1
+
+
 @contextmanager
 def wired(
     transport: str,
