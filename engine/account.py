@@ -12,7 +12,7 @@ from engine.config import Config, config_hash
 from engine.features import SCHEMA_HASH
 from engine.gc_pauses import GcPauses
 from engine.hashes import code_hash
-from engine.live import LiveLink
+from engine.live_link import LiveLink
 from engine.pipeline import Pipeline
 from engine.recorder import Recorder
 from engine.shadow import Shadow

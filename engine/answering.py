@@ -39,7 +39,7 @@ from engine.backends.native_call import (
     run_step,
 )
 from engine.controls import DIVERGENCE, INPUT_RULE, MODEL_RULE
-from engine.handles import FIELDS, pointer
+from engine.handles import place, pointer
 from engine.recent import remember
 from feeds.inner import inner
 from feeds.monotonic import monotonic_ns
@@ -80,7 +80,7 @@ def handle_of(name: str) -> int:
 
 def place_of(name: str) -> int:
     """Where among the handles an array's address stands; its shape stands behind."""
-    return FIELDS * handle_of(name)
+    return place(ARRAYS, name)
 
 
 @inner(

@@ -14,7 +14,6 @@ import signal as os_signal
 import sys
 import time
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Any, Final
 
 import zmq
@@ -28,10 +27,11 @@ from engine.features import SCHEMA_HASH
 from engine.feed import FeedConnection
 from engine.handshake import Handshake, Notice
 from engine.hashes import code_hash
+from engine.live_link import LiveLink
 from engine.oversight import Oversight
 from engine.pipeline import Pipeline
 from engine.publisher import SignalPublisher
-from engine.recorder import Recorder, ScratchTape, insert_record, open_recorder
+from engine.recorder import Recorder, insert_record, open_recorder
 from engine.rehearsal import Rehearsal
 from engine.signals import AT_BOOK_STATE
 from engine.start_up import StartUp
@@ -45,7 +45,6 @@ from feeds.errors import InputError
 
 STATE_EVERY_NS: Final = 1_000_000_000
 SWITCH_S: Final = 0.000_1
-WARM_UP_BYTES: Final = 1 << 16
 
 
 class Daemon:
@@ -112,7 +111,17 @@ class Daemon:
             )
             for feed in config.feeds:
                 self._feeds.append(FeedConnection(self._context, feed, config.limits, names))
-            self._link = self._new_link(self.pipeline, [feed.sub for feed in self._feeds])
+            self._link = LiveLink(
+                self.pipeline,
+                [feed.sub for feed in self._feeds],
+                self.publisher.socket,
+                self._topics,
+                config.limits,
+                config.overload,
+                room=self._room,
+                now_ns=time.monotonic_ns(),
+                offset_ns=self._offset_ns,
+            )
             self.publisher.lend(self._topics, self._link.last, self._link.sent)
             self.account = Account(config, self.pipeline, self._link, self.epoch)
             self.oversight = Oversight(
@@ -134,19 +143,6 @@ class Daemon:
             self.close()
             raise
         self.start_up.mark("sockets")
-
-    def _new_link(self, pipeline: Pipeline, feeds: list[zmq.Socket[Any]]) -> live.LiveLink:
-        return live.LiveLink(
-            pipeline,
-            feeds,
-            self.publisher.socket,
-            self._topics,
-            self.config.limits,
-            self.config.overload,
-            room=self._room,
-            now_ns=time.monotonic_ns(),
-            offset_ns=self._offset_ns,
-        )
 
     def now_ns(self) -> int:
         """Wall time that never steps back within this process."""
@@ -196,34 +192,19 @@ class Daemon:
         self.ready = True
 
     def _warm_up(self) -> None:
-        """Run every native function of the hot path once, on a pipeline of its own.
-
-        Loading a compiled function and filling its dispatcher takes milliseconds the first time.
-        """
+        """Run every native function of the hot path once; go on with that where it is wanted."""
         loaded = self.pipeline.trust.loaded
         assert loaded is not None
-        pipeline = Pipeline(self.config, self.bundle, loaded.backend(loaded.mode))
-        scratch = ScratchTape(WARM_UP_BYTES)
-        venue, symbol = pipeline.names[0]
-        one = Decimal(1)
-        for message in (
-            codec.encode_instrument(0, 0, 1, 0, venue, symbol, one, one),
-            codec.encode_book(wire.SNAPSHOT, 0, 0, 1, 1, 0, 0, [(1, 1)], [(2, 1)]),
-            codec.encode_book(wire.DELTA, 0, 0, 1, 2, 0, 0, [(1, 2)], []),
-            codec.encode_trade(0, 0, 1, 3, 0, 0, 2, 1, 1, wire.AGGRESSOR_BUY),
-        ):
-            at = scratch.append(tape.MARKET, 0, message)
-            pipeline.serve(scratch.arena, at, scratch.position, self.now_ns, self._offset_ns)
-        link = self._new_link(pipeline, [])
-        link.begin(time.monotonic_ns(), self.config.limits)
-        link.take(ScratchTape(2 * self._room), None)
+        rehearsal = Rehearsal(
+            self.config, self.bundle, loaded.backend(loaded.mode), self._context, self._offset_ns
+        )
+        rehearsal.in_python()
         every_ns = self.config.loop.warm_every_ns
         if every_ns:
-            backend = loaded.backend(loaded.mode)
-            self._rehearsal = Rehearsal(
-                self.config, self.bundle, backend, self._context, self._offset_ns
-            )
-            self._link.rehearse(self._rehearsal.handles, every_ns, self._rehearsal.follow)
+            self._rehearsal = rehearsal
+            self._link.rehearse(rehearsal.handles, every_ns, rehearsal.follow)
+        else:
+            rehearsal.close()
 
     # The hot path.
 

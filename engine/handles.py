@@ -35,6 +35,11 @@ def set_handle(handles: np.ndarray, i: int, array: np.ndarray) -> None:
     handles[FIELDS * i + 1 : FIELDS * i + 1 + array.ndim] = array.shape
 
 
+def place(names: Sequence[str], name: str) -> int:
+    """Where among the handles of named arrays one's address stands; its shape stands behind."""
+    return FIELDS * names.index(name)
+
+
 @intrinsic
 def pointer(typingctx, address, dtype):  # type: ignore[no-untyped-def]
     """An address as a pointer to numbers of a type, for `numba.carray`."""

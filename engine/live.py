@@ -13,12 +13,9 @@ messages that are to be conflated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
-import msgspec
 import numpy as np
-import zmq
 from numba import carray, njit
 
 from engine import latency, signals, warming
@@ -33,14 +30,11 @@ from engine.answering import (
     place_of,
     serve,
 )
-from engine.config import LimitsConfig, OverloadConfig
-from engine.handles import new_handles, pointer
-from engine.lag import LAG, LONGEST, emptied, new_lag, received
-from engine.pipeline import Pipeline
-from engine.recorder import Recorder
-from engine.shadow_ring import answers_wait, next_answer, no_handles, submit_by
+from engine.handles import place, pointer
+from engine.lag import LAG, emptied, received
+from engine.shadow_ring import answers_wait, next_answer, submit_by
 from engine.trust import SYNCED
-from engine.waiting import HAPPENED_SHIFT, NO_DESCRIPTOR, new_descriptors, wait_for
+from engine.waiting import HAPPENED_SHIFT, wait_for
 from feeds import libzmq, tape
 from feeds.inner import inner
 from feeds.libzmq import DONTWAIT, EAGAIN, EINTR, SNDMORE, last_error, more_follows, transfer
@@ -108,10 +102,10 @@ _X: Final = place_of("x")
 _ROUND: Final = place_of("round")
 _OUT: Final = place_of("out")
 # And of a rehearsal, among its own.
-_PIPELINE: Final = warming.place_of("pipeline")
-_LINK: Final = warming.place_of("link")
-_SHADOW: Final = warming.place_of("shadow")
-_TAPE: Final = warming.place_of("tape")
+_PIPELINE: Final = place(warming.ARRAYS, "pipeline")
+_LINK: Final = place(warming.ARRAYS, "link")
+_SHADOW: Final = place(warming.ARRAYS, "shadow")
+_TAPE: Final = place(warming.ARRAYS, "tape")
 
 
 @inner("int64(int64[::1], int64[::1], uint8[::1], uint8[::1], int64)")
@@ -269,11 +263,11 @@ def _take(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no-untype
 @inner("void(int64[::1], int64[::1], uint8[::1], float64)")
 def _rehearse(live, rehearsal_h, arena, clip):  # type: ignore[no-untyped-def]
     """Take a message of the rehearsal's, in the same code as the session's."""
-    handles, link, shadow = _PIPELINE, _LINK, _SHADOW
-    h = carray(pointer(rehearsal_h[handles], np.int64), (rehearsal_h[handles + 1],))
-    link_h = carray(pointer(rehearsal_h[link], np.int64), (rehearsal_h[link + 1],))
-    shadow_h = carray(pointer(rehearsal_h[shadow], np.int64), (rehearsal_h[shadow + 1],))
-    scratch = carray(pointer(rehearsal_h[_TAPE], np.uint8), (rehearsal_h[_TAPE + 1],))
+    r = rehearsal_h
+    h = carray(pointer(r[_PIPELINE], np.int64), (r[_PIPELINE + 1],))
+    link_h = carray(pointer(r[_LINK], np.int64), (r[_LINK + 1],))
+    shadow_h = carray(pointer(r[_SHADOW], np.int64), (r[_SHADOW + 1],))
+    scratch = carray(pointer(r[_TAPE], np.uint8), (r[_TAPE + 1],))
     warming.cue(live, rehearsal_h)
     _take(h, link_h, shadow_h, scratch, np.int64(0), clip)
     warming.clear(live, rehearsal_h, arena, live[POSITION])
@@ -320,221 +314,3 @@ def take_waiting(  # type: ignore[no-untyped-def]
         _rehearse(live, rehearsal_h, arena, clip)
         why = _take(h, live_h, shadow_h, arena, live[POSITION], clip)
     return why
-
-
-class LiveLink:
-    """The feeds' sockets, the pipeline and the publisher's socket, as `take_waiting` needs them.
-
-    Parameters
-    ----------
-    pipeline : Pipeline
-    feeds : list of zmq.Socket
-        SUB sockets; this thread's own.
-    publisher : zmq.Socket
-    topics : list of bytes
-        Of each instrument's signals.
-    limits : LimitsConfig
-    overload : OverloadConfig
-    room : int
-        Bytes of the tape that one message and what follows from it may take.
-    now_ns, offset_ns : int
-        Monotonic time, and from there to time since the UNIX epoch.
-
-    Attributes
-    ----------
-    handles : ndarray of int64
-        What `take_waiting` takes.
-    latencies : ndarray
-        From receipt to sent, see `engine.latency`.
-    last : ndarray of uint8, shape (instruments, signal bytes)
-        The last signal sent of each instrument.
-    sent : ndarray of int64, shape (instruments,)
-        How many were.
-    """
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        feeds: list[zmq.Socket[bytes]],
-        publisher: zmq.Socket[bytes],
-        topics: list[bytes],
-        limits: LimitsConfig,
-        overload: OverloadConfig,
-        *,
-        room: int,
-        now_ns: int,
-        offset_ns: int,
-    ) -> None:
-        n = len(topics)
-        self._pipeline = pipeline
-        self._kept_open = (feeds, publisher)  # the kernel has only their addresses
-        self._live = np.zeros(LIVE_FIELDS, dtype=np.int64)
-        functions = libzmq.functions()
-        self._live[: len(functions)] = functions
-        self._live[PUBLISHER] = publisher.underlying
-        self._live[MAX_BYTES] = limits.max_message_bytes
-        self._live[ROOM] = room
-        self._live[OFFSET_NS] = offset_ns
-        self._live[CONFLATE_AFTER_NS] = overload.conflate_after_ns
-        self._sockets = np.zeros((len(feeds), SOCKET_FIELDS), dtype=np.int64)
-        self._sockets[:, SOCKET] = [feed.underlying for feed in feeds]
-        self._topics = np.zeros((n, MAX_TOPIC_BYTES), dtype=np.uint8)
-        for row, topic in zip(self._topics, topics, strict=True):
-            row[: len(topic)] = np.frombuffer(topic, dtype=np.uint8)
-        self._topic_bytes = np.array([len(topic) for topic in topics], dtype=np.int64)
-        self.last: Final = np.zeros((n, pipeline.signal_bytes), dtype=np.uint8)
-        self.sent: Final = np.zeros(n, dtype=np.int64)
-        self.latencies: Final = latency.new_counts()
-        self._lag = new_lag(now_ns)
-        self._scrap = np.zeros(MAX_TOPIC_BYTES, dtype=np.uint8)
-        feed_fds = [int(feed.getsockopt(zmq.FD)) for feed in feeds]
-        self._descriptors = new_descriptors(NO_DESCRIPTOR, feed_fds)
-        self.handles: Final = new_handles(
-            [
-                *(self._live, self._sockets, self._topics, self._topic_bytes),
-                *(self.last, self.sent, self.latencies, self._lag, self._scrap, self._descriptors),
-            ]
-        )
-        self._room = room
-        self._told: Final = self._live.data  # a number of it is read three times as fast
-        self._no_shadow: Final = no_handles()
-        self._rehearsal = np.zeros(0, dtype=np.int64)
-        self._follow: Callable[[Pipeline], None] | None = None
-
-    def rehearse(
-        self, handles: np.ndarray, every_ns: int, follow: Callable[[Pipeline], None]
-    ) -> None:
-        """Rehearse while waiting; see `engine.warming`.
-
-        Parameters
-        ----------
-        handles : ndarray of int64
-        every_ns : int
-            Above 0.
-        follow : callable
-            Told whenever the pipeline was prepared for another model or state of the engine.
-        """
-        assert every_ns > 0
-        self._rehearsal, self._follow = handles, follow
-        self._told[WARM_NS] = every_ns
-
-    def for_one_message(self) -> np.ndarray:
-        """Let a turn end behind its first message; what is to be kept so for the next."""
-        self.begin(0, msgspec.structs.replace(LimitsConfig(), max_drain_messages=1))
-        return self._live
-
-    def begin(
-        self,
-        now_ns: int,
-        limits: LimitsConfig,
-        *,
-        spin_ns: int = 0,
-        wait_ns: int = 0,
-        look_ns: int = NEVER_NS,
-    ) -> None:
-        """Begin a turn.
-
-        Parameters
-        ----------
-        now_ns : int
-            Monotonic time.
-        limits : LimitsConfig
-            A turn's budget, which a wait that a message ended begins anew.
-        spin_ns : int
-            Above 0: wait by looking for messages, and look so often whether the loop has something
-            to do; else asleep.
-        wait_ns : int
-            Until when after ``now_ns`` to wait for a message where none does.
-        look_ns : int
-            Monotonic time from which on the turn ends behind a message where no other waits, and
-            the shadow has answered.
-        """
-        told = self._told
-        told[LEFT] = told[DRAIN_MESSAGES] = limits.max_drain_messages
-        told[DRAIN_NS] = limits.max_drain_ns
-        told[DEADLINE_NS] = now_ns + limits.max_drain_ns
-        told[SPIN_NS], told[LOOP_AT_NS] = spin_ns, 0
-        told[WAIT_UNTIL_NS] = now_ns + wait_ns
-        told[LOOK_NS] = look_ns
-
-    def wake_for(self, descriptor: int) -> None:
-        """Let what happens at a descriptor end every sleep: the event loop's own."""
-        self._descriptors[:1] = new_descriptors(descriptor, ())
-
-    def take(self, recorder: Recorder, shadow: np.ndarray | None) -> int:
-        """Take what waits: see `take_waiting`.
-
-        Parameters
-        ----------
-        recorder : Recorder
-            What messages and signals go onto.
-        shadow : ndarray of int64 or None
-            A shadow's handles.
-
-        Raises
-        ------
-        zmq.ZMQError
-            If a socket fails.
-        """
-        pipeline, told = self._pipeline, self._told
-        arena, at = recorder.room(self._room)
-        if not pipeline.prepared:
-            pipeline.prepare(True, told[OFFSET_NS])
-            if self._follow is not None:
-                self._follow(pipeline)
-        handed_to = self._no_shadow if shadow is None else shadow
-        why: int = take_waiting(
-            pipeline.handles, self.handles, handed_to, self._rehearsal, arena, at, pipeline.clip
-        )
-        if told[RECORDS]:
-            recorder.advance(told[POSITION], told[RECORDS])
-        if told[SENT]:
-            pipeline.count(told[SENT], told[SENT_TRADABLE], told[SENT_SUPPRESSED:])
-        if why in (SIGNAL_DUE, EVENT_TAKEN):
-            pipeline.finish(arena)
-        elif why == FAILED:
-            raise zmq.ZMQError(told[ERROR])
-        return why
-
-    @property
-    def record_at(self) -> int:
-        """Where on the tape's window the last message stands."""
-        return self._told[RECORD_AT]
-
-    @property
-    def received_ns(self) -> int:
-        """When the last message was received."""
-        return self._told[RECEIVED_NS]
-
-    @property
-    def ticket_before(self) -> int:
-        """Inferences before the last message."""
-        return self._told[TICKET_BEFORE]
-
-    @property
-    def malformed(self) -> int:
-        """Messages dropped because they were not [topic, payload] or were too large."""
-        return int(self._sockets[:, MALFORMED].sum())
-
-    @property
-    def conflating(self) -> bool:
-        """Whether messages are conflated; what tells `take_waiting` when to begin and to end."""
-        return bool(self._told[CONFLATING])
-
-    @conflating.setter
-    def conflating(self, value: bool) -> None:
-        self._told[CONFLATING] = value
-
-    @property
-    def lag_ns(self) -> int:
-        """How far behind the last message was; see `engine.lag`."""
-        return int(self._lag[LAG])
-
-    @property
-    def longest_lag_ns(self) -> int:
-        """The longest lag since `forget_lag`."""
-        return int(self._lag[LONGEST])
-
-    def forget_lag(self) -> None:
-        """Let `longest_lag_ns` begin anew."""
-        self._lag[LONGEST] = self._lag[LAG]

@@ -26,7 +26,7 @@ from engine.bundle import Bundle
 from engine.config import Config, config_hash
 from engine.handles import new_handles, set_handle
 from engine.hashes import code_hash
-from engine.model_input import INV_SCALE, RUN, SEEN_ROWS, new_norm, set_norm
+from engine.model_input import RUN, SEEN_ROWS, new_norm, set_norm
 from engine.serving import Loaded
 from engine.trust import REASONS
 from engine.trust_events import ARM, CONFLATION, Control, decode_event
@@ -343,18 +343,6 @@ class Pipeline:
             addresses = (self.x.ctypes.data, self._outputs.ctypes.data)
             self._native[:] = (native.step, *addresses, *native[1:4])
             set_handle(self.handles, _STATES, native.states)
-
-    def spare_model(self) -> NativeModel | None:
-        """What kernels run, with a stream that is no instrument's; see `Serving.spare_model`."""
-        serving = self.trust.serving
-        return (
-            serving.spare_model() if serving is not None and self._told[answering.NATIVE] else None
-        )
-
-    def let_inputs_be_zero(self) -> None:
-        """Whatever the features are: a rehearsal's may be like none that the model was made for."""
-        self._norm[:] = new_norm(self._norm.shape[1], None)
-        self._norm[INV_SCALE] = 0.0
 
     def finish(self, buf: np.ndarray) -> None:
         """Take over what `answering.serve` did, and do what it left: `served`, rules, events.

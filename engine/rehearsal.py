@@ -9,16 +9,19 @@ recorded, published or counted, and no state of the session changes.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 import zmq
 
+from engine.answering import handle_of
 from engine.backends.interface import Backend
 from engine.bundle import Bundle
 from engine.config import Config, LimitsConfig, OverloadConfig, TriggerConfig
-from engine.live import LiveLink
+from engine.live_link import LiveLink
+from engine.model_input import INV_SCALE, new_norm
 from engine.pipeline import Pipeline
 from engine.recorder import ScratchTape
 from engine.shadow_ring import no_handles
@@ -27,7 +30,7 @@ from feeds import codec, tape, wire
 
 DEPTH: Final = 30  # levels of a side of the rehearsal's book
 BEST_BID: Final = 100_000  # ticks
-READ_BYTES: Final = 1 << 16  # of an array: longer ones are rings and books, read here and there
+READ_BYTES: Final = 1 << 14  # of an array: of longer ones, rings and books, a message needs little
 ROOM: Final = 1 << 12  # bytes of the tape for a message and its signal
 MAX_MESSAGE_BYTES: Final = 1 << 11
 
@@ -84,10 +87,13 @@ class Rehearsal:
             bundle,
             backend,
         )
-        self._pipeline.let_inputs_be_zero()
+        # Whatever the features are: these may be like none that the model was made for.
+        norm = self._pipeline.arrays[handle_of("norm")]
+        norm[:] = new_norm(norm.shape[1], None)
+        norm[INV_SCALE] = 0.0
         self._sockets: list[zmq.Socket[bytes]] = []
-        feed, sub = self._joined(context, zmq.PUB, "feed")
-        out, audience = self._joined(context, zmq.XPUB, "signals")
+        self._feed, sub = self._joined(context, zmq.PUB, "feed")
+        out, self._audience = self._joined(context, zmq.XPUB, "signals")
         out.recv()  # the subscription
         link = LiveLink(
             self._pipeline,
@@ -101,7 +107,7 @@ class Rehearsal:
             offset_ns=offset_ns,
         )
         self._tape = ScratchTape(2 * ROOM)
-        snapshot, messages = _messages()
+        snapshot, self._messages = _messages()
         one = Decimal(1)
         for message in (
             codec.encode_instrument(0, 0, 1, 0, *self._pipeline.names[0], one, one),
@@ -109,12 +115,11 @@ class Rehearsal:
         ):
             at = self._tape.append(tape.MARKET, 0, message)
             self._pipeline.serve(self._tape.arena, at, self._tape.position, time.time_ns, offset_ns)
-        self._pipeline.prepare(True, offset_ns)
         self._stage = Stage(
             (self._pipeline.handles, link.handles, no_handles(), self._tape.arena),
-            feed.underlying,
-            audience.underlying,
-            messages,
+            self._feed.underlying,
+            self._audience.underlying,
+            self._messages,
             (self._pipeline.sync, self._pipeline.guards, link.for_one_message()),
         )
         self._link: Final = link
@@ -134,6 +139,18 @@ class Rehearsal:
         ends[1].setsockopt(zmq.SUBSCRIBE, b"")
         return ends
 
+    def in_python(self) -> None:
+        """Rehearse each message once with every call that Python makes, as a session's first would.
+
+        Loading a compiled function and filling its dispatcher takes milliseconds the first time.
+        """
+        for message in self._messages:
+            self._stage.set_back()
+            self._feed.send_multipart([b"", message])
+            self._link.take(self._tape, None)
+            with suppress(zmq.Again):
+                self._audience.recv_multipart(zmq.NOBLOCK)
+
     def follow(self, pipeline: Pipeline) -> None:
         """Rehearse with what a pipeline was just prepared for, and read what it works on.
 
@@ -143,7 +160,8 @@ class Rehearsal:
         if pipeline is not self._followed:
             self._followed = pipeline
             self._stage.read([one for one in pipeline.arrays if one.nbytes <= READ_BYTES])
-        self._pipeline.run_natively(pipeline.spare_model())
+        serving = pipeline.trust.serving
+        self._pipeline.run_natively(None if serving is None else serving.spare_model())
 
     @property
     def rehearsals(self) -> int:

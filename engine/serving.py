@@ -88,7 +88,6 @@ class Serving:
         self.backend = loaded.backend(loaded.mode)
         self._native_of: Backend | None = None
         self._native: NativeModel | None = None
-        self._spare_of: Backend | None = None
         self._spare: NativeModel | None = None
         self.switch(loaded.mode)
         self._behind[:] = self._any_behind = False  # nothing to catch up with yet
@@ -113,21 +112,24 @@ class Serving:
         """What a kernel can call in place of `infer`; None where only `infer` will do."""
         if self._any_behind and self._behind.any():
             return None
-        if self._native_of is not self.backend:
-            self._native_of = self.backend
-            make = getattr(self.backend, "native_model", None)
-            self._native = None if make is None else make(len(self._behind))
+        self._make_native()
         return self._native
 
     def spare_model(self) -> NativeModel | None:
-        """As `native_model`, with one stream, which is no instrument's."""
-        if self._spare_of is not self.backend:
-            self._spare_of = self.backend
-            make = getattr(self.backend, "native_model", None)
-            n = len(self._behind)
-            more = None if make is None else make(n + 1)
-            self._spare = None if more is None else more._replace(states=more.states[n:].copy())
-        return self._spare
+        """The same with one stream, which is no instrument's; None where `native_model` is."""
+        return None if self.native_model() is None else self._spare
+
+    def _make_native(self) -> None:
+        if self._native_of is self.backend:
+            return
+        self._native_of = self.backend
+        self._native = self._spare = None
+        make = getattr(self.backend, "native_model", None)
+        n = len(self._behind)
+        model = None if make is None else make(n + 1)
+        if model is not None:
+            self._native = model._replace(states=model.states[:n])
+            self._spare = model._replace(states=model.states[n:])
 
     def infer(self, slot: int, ticket: int, x: np.ndarray, out: np.ndarray, fresh: bool) -> int:
         """One inference; returns the violation mask of the model's value check.

@@ -21,7 +21,7 @@ import numpy as np
 from numba import carray
 
 from engine.backends.native_call import copy_bytes
-from engine.handles import FIELDS, new_handles, pointer, set_handle
+from engine.handles import new_handles, place, pointer, set_handle
 from feeds import libzmq
 from feeds.inner import inner
 from feeds.libzmq import DONTWAIT, SNDMORE, transfer
@@ -45,16 +45,10 @@ ARRAYS: Final = (
     *("numbers", "messages", "kept", "read"),
 )
 
-
-def place_of(name: str) -> int:
-    """Where among the handles an array's address stands; its shape stands behind."""
-    return FIELDS * ARRAYS.index(name)
-
-
-_NUMBERS: Final = place_of("numbers")
-_MESSAGES: Final = place_of("messages")
-_KEPT: Final = place_of("kept")
-_READ: Final = place_of("read")
+_NUMBERS: Final = place(ARRAYS, "numbers")
+_MESSAGES: Final = place(ARRAYS, "messages")
+_KEPT: Final = place(ARRAYS, "kept")
+_READ: Final = place(ARRAYS, "read")
 
 
 @inner("void(int64[::1], int64[::1])")
@@ -153,6 +147,11 @@ class Stage:
         ]
         assert len(self._arrays) == len(ARRAYS)
         self.handles: Final = new_handles(self._arrays)
+
+    def set_back(self) -> None:
+        """What `cue` does before a message, for one that is not sent by it."""
+        for one, was in self._kept:
+            one[...] = was
 
     def read(self, arrays: Sequence[np.ndarray]) -> None:
         """Let every rehearsal read these arrays, so that they stay in the caches."""

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -25,7 +25,7 @@ from engine.backends.registry import open_backend
 from engine.bundle import load_bundle
 from engine.config import Config, LimitsConfig, OverloadConfig, default_config
 from engine.failover import FailoverConfig
-from engine.live import LiveLink
+from engine.live_link import LiveLink
 from engine.model_input import BOUND
 from engine.pipeline import Pipeline
 from engine.recorder import ScratchTape
@@ -148,20 +148,17 @@ def lines(tmp_path: Path) -> Iterator[Any]:
             one.destroy(linger=0)
 
 
-def _unbounded(pipeline: Pipeline) -> None:
-    """Nothing stands in the way of any input."""
-
-
-def _bounded(pipeline: Pipeline) -> None:
-    """Every input that moves at all is out of range."""
+def _bound(pipeline: Pipeline) -> None:
+    """Let every input that moves at all be out of range."""
     pipeline.arrays[handle_of("norm")][BOUND] = 0.0
 
 
-def _as_replayed(line: Line, bound: Callable[[Pipeline], None] = _unbounded) -> list[bytes]:
+def _as_replayed(line: Line, *, bound: bool = False) -> list[bytes]:
     """The signals of the same messages, answered by Python over a tape of them."""
     bundle = load_bundle(REFERENCE)
     pipeline = Pipeline(line.config, bundle, open_backend("onnx", bundle))
-    bound(pipeline)
+    if bound:
+        _bound(pipeline)
     records = ScratchTape(1 << 24)
     found = []
     for message in [line.definition, *line.messages]:
@@ -302,7 +299,7 @@ def test_an_input_that_is_out_of_range_is_python_s_only_where_a_rule_counts_it(
     line = lines(
         failover=FailoverConfig(input_violations=rule, input_violations_in=100), messages=600
     )
-    _bounded(line.pipeline)
+    _bound(line.pipeline)
     line.send(line.messages)
     whys, signals = [live.TURN_ENDED], []
     while whys[-1] != live.NOTHING_WAITS:
@@ -319,7 +316,7 @@ def test_an_input_that_is_out_of_range_is_python_s_only_where_a_rule_counts_it(
     assert (pipeline.suppressed["HALTED"] > 0) == (rule > 0)
     # A book that is not whole is Python's in any case.
     assert (whys.count(live.SIGNAL_DUE) > 50) == (rule > 0)
-    assert _canonical(signals) == _canonical(_as_replayed(line, _bounded))
+    assert _canonical(signals) == _canonical(_as_replayed(line, bound=True))
 
 
 WAITS = pytest.mark.parametrize("spin_ns", [0, 100_000], ids=["asleep", "looking"])

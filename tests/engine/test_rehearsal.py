@@ -16,7 +16,7 @@ from engine import live
 from engine.backends.registry import open_backend
 from engine.bundle import load_bundle
 from engine.config import LimitsConfig, OverloadConfig, default_config
-from engine.live import LiveLink
+from engine.live_link import LiveLink
 from engine.pipeline import Pipeline
 from engine.recorder import ScratchTape
 from engine.rehearsal import Rehearsal
@@ -151,7 +151,7 @@ def test_a_rehearsal_follows_the_model_that_answers(session: Session) -> None:
     session.wait(0.002)
     serving = session.pipeline.trust.serving
     assert serving is not None
-    own, before = serving.native_model(), session.pipeline.spare_model()
+    own, before = serving.native_model(), serving.spare_model()
     assert own is not None
     assert before is not None
     assert (own.step, own.arena) == (before.step, before.arena)
@@ -160,7 +160,7 @@ def test_a_rehearsal_follows_the_model_that_answers(session: Session) -> None:
     session.signals(session.payloads[half:])  # a model with state has caught up
     sent = session.rehearsal.sent
     assert session.wait(0.05) > 1
-    after = session.pipeline.spare_model()
+    after = serving.spare_model()
     assert after is not None
     assert (after.step, after.arena) != (before.step, before.arena)
     assert session.rehearsal.sent > sent
