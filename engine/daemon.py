@@ -183,7 +183,7 @@ class Daemon:
         )
         self._warm_up()
         self.start_up.mark("warm-up")
-        self._recorder = open_recorder(self.config.tape.path, meta)
+        self._recorder = open_recorder(self.config.tape.path, meta, self._room)
         self.oversight.tape_path = str(getattr(self._recorder, "path", ""))
         for recv_ns, payload in handshake.early:
             self._take(tape.MARKET, recv_ns, payload)

@@ -104,8 +104,11 @@ def insert_record(recorder: Recorder, at: int, kind: int, recv_ns: int, payload:
     return size
 
 
-def open_recorder(path: str, meta: TapeMeta) -> Recorder:
-    """A tape at ``path`` (strftime patterns are filled in with UTC), or a scratch one for ""."""
+def open_recorder(path: str, meta: TapeMeta, most: int) -> Recorder:
+    """A tape at ``path`` (strftime patterns are filled in with UTC), or a scratch one for "".
+
+    ``most`` is the most that will be asked for at a time, bytes.
+    """
     if not path:
         return ScratchTape()
-    return TapeWriter(Path(time.strftime(path, time.gmtime())), meta)
+    return TapeWriter(Path(time.strftime(path, time.gmtime())), meta, most=most)

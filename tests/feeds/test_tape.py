@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import errno
 import os
 import resource
 import signal
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +110,53 @@ def test_what_is_written_next_is_touched_and_nothing_that_was_written(tmp_path: 
             assert _faults() - pages < 4, "there already"
     plain = write(tmp_path / "b.tape", bodies)
     assert touching.read_bytes() == plain.read_bytes()
+
+
+def test_a_thread_makes_windows_ready_and_the_tape_is_the_same(tmp_path: Path, monkeypatch) -> None:
+    """Whoever appends reserves the first window, and one for a record larger than was said."""
+    by: list[int] = []
+    reserve = os.posix_fallocate
+
+    def watched(fd: int, offset: int, length: int) -> None:
+        by.append(threading.get_ident())
+        reserve(fd, offset, length)
+
+    bodies = [bytes([1 + i % 251]) * (i * 37 % 1500) for i in range(1_500)]
+    monkeypatch.setattr(os, "posix_fallocate", watched)
+    ahead = write(tmp_path / "a.tape", bodies, window_bytes=4 * PAGE, most=PAGE)
+    assert len(by) > 50
+    assert by.count(threading.get_ident()) == 1
+    by.clear()
+    larger = [*bodies, b"w" * (9 * PAGE), *bodies]
+    oversized = write(tmp_path / "b.tape", larger, window_bytes=4 * PAGE, most=PAGE)
+    assert by.count(threading.get_ident()) == 2
+    monkeypatch.undo()
+    assert ahead.read_bytes() == write(tmp_path / "c.tape", bodies).read_bytes()
+    assert oversized.read_bytes() == write(tmp_path / "d.tape", larger).read_bytes()
+
+
+@pytest.mark.parametrize("most", [0, PAGE])
+def test_a_full_disk_is_told_and_what_was_written_is_kept(
+    tmp_path: Path, monkeypatch, most: int
+) -> None:
+    path, body, full = tmp_path / "a.tape", b"b" * 1000, 20 * PAGE
+    reserve = os.posix_fallocate
+
+    def limited(fd: int, offset: int, length: int) -> None:
+        if offset + length > full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(fd, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+    writer = TapeWriter(path, META, window_bytes=4 * PAGE, most=most)
+    until_full = [body] * (full // len(body))
+    with pytest.raises(InputError, match=r"no room to go on.*No space left"):
+        collections.deque((writer.append(tape.MARKET, 1, body) for body in until_full), maxlen=0)
+    assert writer.records > 10 * PAGE // len(body)
+    monkeypatch.undo()  # there is room again: it goes on
+    writer.append(tape.MARKET, 1, body)
+    writer.close()
+    assert [kept for _, _, kept in read(path)] == [body] * writer.records
 
 
 def _faults() -> int:
