@@ -42,8 +42,11 @@ _allowed: set[int] = set()  # before `keep_to`
 
 
 def be_patient() -> None:
-    """Let this thread, woken up, take no core from others, and give way to them after a moment."""
-    if not _short_slices(os.SCHED_BATCH):
+    """Let this thread, woken up, take no core from others, and give it to whoever is woken on it.
+
+    That takes time slices of the usual length: one who asks for short ones is let finish them.
+    """
+    if not _schedule(os.SCHED_BATCH, 0):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
@@ -53,15 +56,15 @@ def be_prompt() -> bool:
     By a short time slice: from Linux 6.12 on, a thread that asks for less at a time is let in
     before one that asks for more has used up its own. Elsewhere nothing changes.
     """
-    return _short_slices(os.SCHED_OTHER)
+    return _schedule(os.SCHED_OTHER, SLICE_NS)
 
 
-def _short_slices(policy: int) -> bool:
+def _schedule(policy: int, slice_ns: int) -> bool:
     number = _SCHED_SETATTR.get(platform.machine())
     libc = ctypes.CDLL(None, use_errno=True)
     if number is None or not hasattr(libc, "syscall"):
         return False
-    attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, os.nice(0), 0, SLICE_NS, 0, 0)
+    attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, os.nice(0), 0, slice_ns, 0, 0)
     return bool(libc.syscall(number, 0, attributes, 0) == 0)
 
 

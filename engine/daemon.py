@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import zmq
 
-from engine import cores, latency, live, state
+from engine import backlog, cores, latency, live, state
 from engine.account import Account, Totals
 from engine.backends.registry import open_backend
 from engine.bundle import Bundle, load_bundle
@@ -199,6 +199,8 @@ class Daemon:
             self.config, self.bundle, loaded.backend(loaded.mode), self._context, self._offset_ns
         )
         rehearsal.in_python()
+        backlog.keep_memory()
+        backlog.make_room(self._context)
         every_ns = self.config.loop.warm_every_ns
         if every_ns:
             self._rehearsal = rehearsal

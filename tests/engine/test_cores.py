@@ -93,3 +93,33 @@ def test_nobody_gathers_the_memory_of_a_process_that_refuses_nor_of_its_children
     if not told:
         pytest.skip("this kernel does not refuse, or does not tell")
     assert told == ["0", "0"]
+
+
+POLICIES = """
+import ctypes, os, struct
+from engine import cores
+def scheduled():
+    got = ctypes.create_string_buffer(48)
+    number = {"x86_64": 315, "aarch64": 275}[os.uname().machine]
+    assert ctypes.CDLL(None).syscall(number, 0, got, 48, 0) == 0
+    _, policy, _, _, _, slice_ns, *_ = struct.unpack("<IIQiIQQQ", got.raw)
+    return policy, slice_ns
+usual = scheduled()
+told = cores.be_prompt()
+prompt = scheduled()
+cores.be_patient()
+print(*usual, *prompt, *scheduled(), int(told), os.SCHED_BATCH)
+"""
+
+
+def test_who_is_patient_asks_for_no_short_slices_even_where_it_had_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", POLICIES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    usual, slice_ns, prompt, short_ns, patient, after_ns, told, batch = map(
+        int, done.stdout.split()
+    )
+    assert (usual, prompt, patient) == (0, 0, batch)
+    assert after_ns == slice_ns
+    if told and slice_ns:  # else a kernel before 6.12, which tells of none
+        assert short_ns == cores.SLICE_NS < slice_ns
