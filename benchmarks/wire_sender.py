@@ -59,6 +59,8 @@ LENGTH: Final = 1
 ROWS: Final = 2  # of `Market.changes`, up to and with this message
 PLACE_COLUMNS: Final = 3
 
+SETTLE_S: Final = 0.1
+
 _FAILED: Final = -1
 
 
@@ -275,4 +277,6 @@ class Sender:
             )
             if done == _FAILED:
                 raise zmq.ZMQError(int(self._state[ERROR]))
+        # Whoever still carries the last messages needs the core that what follows would take.
+        time.sleep(SETTLE_S)
         return late
