@@ -7,12 +7,13 @@ longer than any before: resident memory climbs by steps for as long as records a
 engine has the library keep what it has, and lets a backlog wait once before it is ready.
 
 Source: mallopt(3), malloc(3) on arenas; ZeroMQ RFC 23/ZMTP for what a frame takes;
-zmq_ipc(7), "wild-card".
+zmq_ipc(7) on the abstract namespace.
 """
 
 from __future__ import annotations
 
 import ctypes
+import secrets
 import time
 from typing import Any, Final
 
@@ -45,9 +46,10 @@ def make_room(context: zmq.Context[Any], messages: int = MESSAGES) -> None:
         for socket in (sender, receiver):
             socket.set_hwm(0)
             socket.linger = 0
-        sender.bind("ipc://*")
+        endpoint = f"ipc://@octick-{secrets.token_hex(8)}"  # in no folder, so there is none to fail
+        sender.bind(endpoint)
         receiver.subscribe(b"")
-        receiver.connect(sender.get_string(zmq.LAST_ENDPOINT))
+        receiver.connect(endpoint)
         sender.send(b"")
         while not receiver.poll(_JOIN_MS):
             sender.send(b"")
