@@ -23,6 +23,7 @@ from benchmarks.signal_latency import signal_rows
 from benchmarks.source_tape import source_tape
 from benchmarks.stages import Stage, time_stages
 from benchmarks.wire_setup import ECHO, ENGINE, SHADOW_EVERY, WARM_SHARE, Turn, Wired, wired
+from engine.config import LoopConfig
 from engine.jitter import Jitter, measure_jitter
 from engine.wakes import Wakes, measure_wakes
 from feeds.tape_reader import TapeReader
@@ -123,7 +124,7 @@ def bench_latency(
     model: Path = REFERENCE,
     backend: str = "compiled",
     busy_poll: bool = False,
-    warm_us: int = 0,
+    warm_us: int | None = None,
     core: int = -1,
     io_core: int = -1,
     shadow_every: int = SHADOW_EVERY,
@@ -146,8 +147,9 @@ def bench_latency(
         What answers.
     busy_poll : bool
         Let the engine never sleep.
-    warm_us : int
-        How often it rehearses while it waits, 0 for never; see `engine.warming`.
+    warm_us : int or None
+        How often it rehearses while it waits, 0 for never; see `engine.warming`. By default as
+        often as an engine whose config does not say.
     core, io_core : int
         That the engine's hot path and its ZeroMQ threads keep to; see `engine.config.LoopConfig`.
         Sender and receivers keep off the first, as they would if it were isolated.
@@ -164,6 +166,8 @@ def bench_latency(
         If the tape or the bundle cannot be used, or a process does not start.
     """
     cells, totals = [], []
+    if warm_us is None:
+        warm_us = LoopConfig().warm_every_ns // 1_000
     # Every message is to be answered: what comes late counts as late.
     sections = (
         f"[loop]\nbusy_poll = {str(busy_poll).lower()}\nwarm_every_ns = {warm_us * 1_000}\n"
@@ -325,8 +329,7 @@ def _placed(result: LatencyBench) -> str:
     if result.core >= 0 and result.io_core >= 0:
         parts.append(f"ZeroMQ's threads on core {result.io_core}")
     parts.append("never sleeps" if result.busy_poll else "sleeps where nothing comes")
-    if result.warm_us:
-        parts.append(f"rehearses every {result.warm_us} µs")
+    parts.append(f"rehearses every {result.warm_us} µs" if result.warm_us else "never rehearses")
     return ", ".join(parts)
 
 

@@ -82,9 +82,8 @@ def _tell(
 @click.option(
     "--warm-us",
     type=click.IntRange(0, 1_000_000),
-    default=0,
-    show_default=True,
-    help="The engine rehearses so often while it waits; 0: never.",
+    help="The engine rehearses so often while it waits; 0: never. Default: 1000, as an engine's"
+    " config.",
 )
 @click.option(
     "--io-core",
@@ -103,7 +102,7 @@ def latency(
     model: Path | None,
     backend: str,
     busy_poll: bool,
-    warm_us: int,
+    warm_us: int | None,
     core: int | None,
     io_core: int,
     shadow_every: int,

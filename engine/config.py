@@ -173,11 +173,11 @@ class LoopConfig(_Section, frozen=True):
 
     Where nothing happens the hot path waits for ``wait_ns`` at most, by which the loop's timers
     may be late. ``busy_poll`` looks for messages in place of sleeping, and every ``spin_ns``
-    whether anything else has something to do. Every ``warm_every_ns`` of waiting it rehearses, so
-    that code and data stay in the caches; 0 is never. ``core`` is the core that the hot path keeps
-    to, and that nothing else of the engine uses; -1 leaves it to the system. With it, ``io_core``
-    is the core of ZeroMQ's threads: the same one is soonest where messages are few, -1 is any
-    other.
+    whether anything else has something to do. Every ``warm_every_ns`` it rehearses where it waits,
+    so that code and data stay in the caches; 0 is never. ``core`` is the core that the hot path
+    keeps to, and that nothing else of the engine uses; -1 leaves it to the system. With it,
+    ``io_core`` is the core of ZeroMQ's threads: the same one is soonest where messages are few, -1
+    is any other.
     ``cpu_dma_latency_us`` is how long an idle core of the machine may take to wake while the engine
     runs: at 0 idle cores poll in place of halting, -1 leaves them to the system.
     """
@@ -185,7 +185,7 @@ class LoopConfig(_Section, frozen=True):
     busy_poll: bool = False
     spin_ns: Duration = 200_000
     wait_ns: Annotated[int, Meta(ge=100_000, le=1_000_000_000)] = 25_000_000
-    warm_every_ns: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+    warm_every_ns: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 1_000_000
     core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     io_core: Annotated[int, Meta(ge=-1, le=MAX_CORES)] = -1
     cpu_dma_latency_us: Annotated[int, Meta(ge=-1, le=MAX_WAKE_US)] = -1

@@ -183,6 +183,9 @@ class Daemon:
         )
         self._warm_up()
         self.start_up.mark("warm-up")
+        backlog.keep_memory()
+        backlog.make_room(self._context)
+        self.start_up.mark("backlog")
         self._recorder = open_recorder(self.config.tape.path, meta, self._room)
         self.oversight.tape_path = str(getattr(self._recorder, "path", ""))
         for recv_ns, payload in handshake.early:
@@ -199,12 +202,10 @@ class Daemon:
             self.config, self.bundle, loaded.backend(loaded.mode), self._context, self._offset_ns
         )
         rehearsal.in_python()
-        backlog.keep_memory()
-        backlog.make_room(self._context)
         every_ns = self.config.loop.warm_every_ns
         if every_ns:
             self._rehearsal = rehearsal
-            self._link.rehearse(rehearsal.handles, every_ns, rehearsal.follow)
+            self._link.rehearse(rehearsal.handles, every_ns, rehearsal.alarm, rehearsal.follow)
         else:
             rehearsal.close()
 

@@ -34,7 +34,7 @@ from engine.handles import place, pointer
 from engine.lag import LAG, emptied, received
 from engine.shadow_ring import answers_wait, next_answer, submit_by
 from engine.trust import SYNCED
-from engine.waiting import HAPPENED_SHIFT, wait_for
+from engine.waiting import HAPPENED_SHIFT, set_alarm, wait_for
 from feeds import libzmq, tape
 from feeds.inner import inner
 from feeds.libzmq import DONTWAIT, EAGAIN, EINTR, SNDMORE, last_error, more_follows, transfer
@@ -61,17 +61,18 @@ CONFLATING: Final = 16
 FEED: Final = 17  # to look at next
 WARM_NS: Final = 18  # between two rehearsals; 0 is none
 WARM_AT_NS: Final = 19  # monotonic: when the next is due
-LOOP_AT_NS: Final = 20  # monotonic: when to look for the loop's work
+ALARM: Final = 20  # descriptor of what ends a sleep then
+LOOP_AT_NS: Final = 21  # monotonic: when to look for the loop's work
 # What a call leaves.
-POSITION: Final = 21  # of the tape
-RECORDS: Final = 22  # put on it
-RECORD_AT: Final = 23  # of the last message
-RECEIVED_NS: Final = 24  # of the last message
-SENT: Final = 25  # signals
-SENT_TRADABLE: Final = 26
-ERROR: Final = 27  # libzmq's
-TICKET_BEFORE: Final = 28  # inferences before the last message
-SENT_SUPPRESSED: Final = 29  # and behind it: how many had each of 16 reasons
+POSITION: Final = 22  # of the tape
+RECORDS: Final = 23  # put on it
+RECORD_AT: Final = 24  # of the last message
+RECEIVED_NS: Final = 25  # of the last message
+SENT: Final = 26  # signals
+SENT_TRADABLE: Final = 27
+ERROR: Final = 28  # libzmq's
+TICKET_BEFORE: Final = 29  # inferences before the last message
+SENT_SUPPRESSED: Final = 30  # and behind it: how many had each of 16 reasons
 LIVE_FIELDS: Final = SENT_SUPPRESSED + 16
 
 # Columns of `sockets`, int64.
@@ -193,10 +194,8 @@ def _take(h, live_h, shadow_h, arena, position, clip):  # type: ignore[no-untype
             until = live[WAIT_UNTIL_NS]
             if now >= until:
                 return NOTHING_WAITS
-            if live[WARM_NS] > 0:
-                if now >= live[WARM_AT_NS]:
-                    return REHEARSAL_DUE
-                until = min(until, live[WARM_AT_NS])
+            if now >= live[WARM_AT_NS] and live[WARM_NS] > 0:
+                return REHEARSAL_DUE
             if live[SPIN_NS] == 0:
                 told = wait_for(descriptors.ctypes.data, len(descriptors), until - now)
             elif now < live[LOOP_AT_NS]:
@@ -268,10 +267,14 @@ def _rehearse(live, rehearsal_h, arena, clip):  # type: ignore[no-untyped-def]
     link_h = carray(pointer(r[_LINK], np.int64), (r[_LINK + 1],))
     shadow_h = carray(pointer(r[_SHADOW], np.int64), (r[_SHADOW + 1],))
     scratch = carray(pointer(r[_TAPE], np.uint8), (r[_TAPE + 1],))
+    began = monotonic_ns()
     warming.cue(live, rehearsal_h)
     _take(h, link_h, shadow_h, scratch, np.int64(0), clip)
     warming.clear(live, rehearsal_h, arena, live[POSITION])
-    live[WARM_AT_NS] = monotonic_ns() + live[WARM_NS]
+    ended = monotonic_ns()
+    live[WARM_AT_NS] = ended + max(live[WARM_NS], warming.REST * (ended - began))
+    if live[SPIN_NS] == 0:
+        set_alarm(live[ALARM], live[WARM_AT_NS])
 
 
 @njit(

@@ -90,7 +90,7 @@ class LiveLink:
         self._lag = new_lag(now_ns)
         self._scrap = np.zeros(live.MAX_TOPIC_BYTES, dtype=np.uint8)
         feed_fds = [int(feed.getsockopt(zmq.FD)) for feed in feeds]
-        self._descriptors = new_descriptors(NO_DESCRIPTOR, feed_fds)
+        self._descriptors = new_descriptors(NO_DESCRIPTOR, [*feed_fds, NO_DESCRIPTOR])
         self.handles: Final = new_handles(
             [
                 *(self._live, self._sockets, self._topics, self._topic_bytes),
@@ -104,7 +104,7 @@ class LiveLink:
         self._follow: Callable[[Pipeline], None] | None = None
 
     def rehearse(
-        self, handles: np.ndarray, every_ns: int, follow: Callable[[Pipeline], None]
+        self, handles: np.ndarray, every_ns: int, alarm: int, follow: Callable[[Pipeline], None]
     ) -> None:
         """Rehearse while waiting; see `engine.warming`.
 
@@ -113,12 +113,15 @@ class LiveLink:
         handles : ndarray of int64
         every_ns : int
             Above 0.
+        alarm : int
+            See `engine.waiting.new_alarm`; to be closed after the last `take`.
         follow : callable
             Told whenever the pipeline was prepared for another model or state of the engine.
         """
         assert every_ns > 0
         self._rehearsal, self._follow = handles, follow
-        self._told[live.WARM_NS] = every_ns
+        self._told[live.WARM_NS], self._told[live.ALARM] = every_ns, alarm
+        self._descriptors[-1:] = new_descriptors(alarm, ())
 
     def for_one_message(self) -> np.ndarray:
         """Let a turn end behind its first message; what is to be kept so for the next."""

@@ -8,6 +8,7 @@ recorded, published or counted, and no state of the session changes.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from decimal import Decimal
@@ -25,6 +26,7 @@ from engine.model_input import INV_SCALE, new_norm
 from engine.pipeline import Pipeline
 from engine.recorder import ScratchTape
 from engine.shadow_ring import no_handles
+from engine.waiting import NO_DESCRIPTOR, new_alarm
 from engine.warming import Stage
 from feeds import codec, tape, wire
 
@@ -68,6 +70,8 @@ class Rehearsal:
     ----------
     handles : ndarray of int64
         See `engine.warming`.
+    alarm : int
+        See `engine.waiting`; what the next rehearsal is told by.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class Rehearsal:
         self._link: Final = link
         self._followed: Pipeline | None = None
         self.handles: Final = self._stage.handles
+        self.alarm = new_alarm()
 
     def _joined(
         self, context: zmq.Context[Any], kind: int, name: str
@@ -174,7 +179,10 @@ class Rehearsal:
         return int(self._link.sent[0])
 
     def close(self) -> None:
-        """Close the sockets. Closing twice is fine."""
+        """Close sockets and alarm. Closing twice is fine."""
         for socket in self._sockets:
             socket.close()
         self._sockets = []
+        if self.alarm != NO_DESCRIPTOR:
+            os.close(self.alarm)
+            self.alarm = NO_DESCRIPTOR

@@ -63,7 +63,8 @@ class Session:
             offset_ns=offset,
         )
         self.recorder = ScratchTape(1 << 20)
-        self.link.rehearse(self.rehearsal.handles, EVERY_NS, self.rehearsal.follow)
+        rehearsal = self.rehearsal
+        self.link.rehearse(rehearsal.handles, EVERY_NS, rehearsal.alarm, rehearsal.follow)
 
     def wait(self, seconds: float, spin_ns: int = 0) -> int:
         """How many rehearsals a wait has."""
@@ -115,6 +116,15 @@ def test_a_wait_rehearses_and_each_rehearsal_comes_to_a_signal(
     while session.rehearsal.rehearsals < 8_000:
         session.wait(0.2, spin_ns)
     assert session.rehearsal.sent == session.rehearsal.rehearsals
+
+
+def test_however_often_they_are_wanted_rehearsals_leave_most_of_a_wait(session: Session) -> None:
+    rehearsal = session.rehearsal
+    session.link.rehearse(rehearsal.handles, 1, rehearsal.alarm, rehearsal.follow)
+    session.wait(0.1)
+    begun, used = time.monotonic_ns(), time.thread_time_ns()
+    assert session.wait(0.5) > 1
+    assert time.thread_time_ns() - used < (time.monotonic_ns() - begun) / 2
 
 
 def test_nothing_of_the_session_moves(session: Session) -> None:

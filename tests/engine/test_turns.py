@@ -16,7 +16,14 @@ import uvloop
 from numba import njit
 
 from engine.turns import Turns
-from engine.waiting import NO_DESCRIPTOR, loop_descriptor, new_descriptors, wait_for
+from engine.waiting import (
+    NO_DESCRIPTOR,
+    loop_descriptor,
+    new_alarm,
+    new_descriptors,
+    set_alarm,
+    wait_for,
+)
 
 LONG_NS = 20_000_000_000
 SOON_S = 5.0
@@ -25,6 +32,11 @@ SOON_S = 5.0
 @njit("int64(int64[::1], int64)", nogil=True)
 def sleep_on(descriptors, wait_ns):  # type: ignore[no-untyped-def]
     return wait_for(descriptors.ctypes.data, len(descriptors), wait_ns)
+
+
+@njit("int64(int64, int64)", nogil=True)
+def set_to(alarm, at_ns):  # type: ignore[no-untyped-def]
+    return set_alarm(alarm, at_ns)
 
 
 def happened(descriptors: np.ndarray) -> list[bool]:
@@ -51,6 +63,26 @@ def test_a_wait_tells_who_has_something_and_ends_in_time() -> None:
         for pair in ends:
             for fd in pair:
                 os.close(fd)
+
+
+def test_an_alarm_ends_a_wait_at_its_time_until_it_is_set_anew() -> None:
+    alarm = new_alarm()
+    try:
+        descriptors = new_descriptors(NO_DESCRIPTOR, [alarm])
+        assert sleep_on(descriptors, 1_000_000) == 0, "one that was never set"
+        at = time.monotonic_ns() + 30_000_000
+        assert set_to(alarm, at) == 0
+        for _ in range(2):  # it goes on telling
+            assert sleep_on(descriptors, LONG_NS) == 1
+            assert time.monotonic_ns() >= at
+            assert happened(descriptors) == [False, True]
+        set_to(alarm, time.monotonic_ns() + LONG_NS)
+        assert sleep_on(descriptors, 1_000_000) == 0, "put off"
+        set_to(alarm, 1)
+        assert sleep_on(descriptors, LONG_NS) == 1, "a time that has passed"
+    finally:
+        os.close(alarm)
+    assert set_to(alarm, at) < 0, "closed"
 
 
 def test_a_descriptor_that_is_not_there_never_happens() -> None:
