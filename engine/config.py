@@ -98,7 +98,7 @@ class ShadowConfig(_Section, frozen=True):
 
     every: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
     gather_ns: Annotated[int, Meta(ge=0, le=10_000_000_000)] = 200_000_000
-    poll_ns: Annotated[int, Meta(ge=MIN_TIMER_NS, le=MAX_DURATION_NS)] = 50_000_000
+    poll_ns: Annotated[int, Meta(ge=MIN_TIMER_NS, le=MAX_DURATION_NS)] = 100_000_000
     lost_after_ns: Duration = 1_000_000_000
     restart_after_ns: Duration = 2_000_000_000
     max_waiting: Annotated[int, Meta(ge=8, le=1 << 16)] = 1_024

@@ -97,7 +97,7 @@ class FeedConnection:
     def answers(self) -> list[bytes]:
         """Payloads of the snapshot service's answers that have arrived."""
         payloads: list[bytes] = []
-        if self.dealer is None:
+        if self.dealer is None or not int(self.dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return payloads
         while True:
             try:

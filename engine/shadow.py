@@ -27,7 +27,7 @@ from engine.trust_events import ShadowAnswer, answer_templates
 
 MAX_ANSWERS: Final = 16  # of one poll
 STOP_TIMEOUT_S: Final = 2.0
-LOOK_NS: Final = 50_000_000  # between two looks at a shadow that is well and has nothing to say
+LOOK_NS: Final = 100_000_000  # between two looks at a shadow that is well and has nothing to say
 STARTING_NS: Final = 60_000_000_000  # to open its models, before it counts as lost
 
 

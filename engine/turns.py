@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final
 
-SLOW_POLL_S: Final = 0.05
+SLOW_POLL_S: Final = 0.1  # each costs messages what Python takes that has left the caches
 ROUNDS: Final = 6  # of the loop, before the hot path sleeps again
 
 Reader = tuple[int, Callable[[], object]]
