@@ -27,7 +27,6 @@ from engine.trust_events import ShadowAnswer, answer_templates
 
 MAX_ANSWERS: Final = 16  # of one poll
 STOP_TIMEOUT_S: Final = 2.0
-LOOK_NS: Final = 100_000_000  # between two looks at a shadow that is well and has nothing to say
 STARTING_NS: Final = 60_000_000_000  # to open its models, before it counts as lost
 
 
@@ -207,7 +206,7 @@ class Shadow:
         quiet = not self.answers_wait
         if quiet and self.health is Health.UP and now_ns < self._look_ns and not self._reload:
             return [], None
-        self._look_ns = now_ns + min(LOOK_NS, self._config.lost_after_ns // 4)
+        self._look_ns = now_ns + min(self._config.poll_ns, self._config.lost_after_ns // 4)
         if self._reload:
             self._send_reload()
         found = self._answers(most)
